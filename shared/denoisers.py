@@ -322,7 +322,7 @@ class Denoiser(nn.Module):
             heads = dict.fromkeys(process.fields, heads or Head())
         if heads.keys() != process.fields.keys():
             raise ValueError(
-                f"Denoiser: heads for {sorted(heads)}, but the process has {sorted(process.fields)}."
+                f"Denoiser: heads for {sorted(heads)}, the process has {sorted(process.fields)}."
             )
         self.backbone = backbone
         self.process = process

@@ -307,7 +307,7 @@ class SubVP(Schedule):
         return torch.log(-torch.expm1(2.0 * self.log_alpha(t)))
 
     def t_from_log_snr(self, log_snr: Time) -> Tensor:
-        # exp(lambda) (1 - a^2) = a has the root a = 1/r with r = q + sqrt(1 + q^2), q = e^-lambda/2
+        # exp(lambda) (1 - a^2) = a has the root a = sqrt(1 + q^2) - q with q = exp(-lambda) / 2
         q = 0.5 * torch.exp(-as_time(log_snr))
         return self._vp.t_from_log_alpha(-torch.asinh(q))
 

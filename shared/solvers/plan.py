@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -266,25 +267,16 @@ class Tape:
     def step(self, form: Form, time: float | None = None) -> Form:
         """Close the row: the next state is ``form``."""
         kinds = ("x", "x0", "eps", "z", "1")
-        by_kind: dict[str, dict[int, Coef | LearnedStd]] = {kind: {} for kind in kinds}
+        by_kind: dict[str, dict[int, Any]] = {kind: {} for kind in kinds}
         for (kind, index), coef in form.terms.items():
             if isinstance(coef, LearnedStd | Tensor) or coef != 0.0:
                 by_kind[kind][index] = coef
         if len(by_kind["x"]) > 1:
             raise ValueError("Tape: a row starts from one state; rewrite the step.")
         base, a = next(iter(by_kind["x"].items()), (None, 0.0))
-        const = by_kind["1"].get(0)
+        x0, eps, z, const = by_kind["x0"], by_kind["eps"], by_kind["z"], by_kind["1"].get(0)
         self._rows.append(
-            Stage(
-                self._at,
-                base,
-                a,
-                by_kind["x0"],
-                by_kind["eps"],
-                by_kind["z"],
-                const,  # type: ignore[arg-type]
-                None if time is None else float(time),
-            )
+            Stage(self._at, base, a, x0, eps, z, const, None if time is None else float(time))
         )
         self._at = None
         return Form({("x", self.row): 1.0})
