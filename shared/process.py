@@ -90,8 +90,9 @@ class Process:
 
 
 @lru_cache(maxsize=8192)
-def _alpha_sigma_at(schedule: Schedule, t: float) -> tuple[float, float]:
-    return float(schedule.alpha(t)), float(schedule.sigma(t))
+def _scales(schedule: Schedule, t: float) -> tuple[float, float]:
+    with torch.no_grad():
+        return float(schedule.alpha(t)), float(schedule.sigma(t))
 
 
 def alpha_sigma(schedule: Schedule, t: float | Tensor, like: Tensor) -> tuple[Scale, Scale]:
@@ -99,8 +100,8 @@ def alpha_sigma(schedule: Schedule, t: float | Tensor, like: Tensor) -> tuple[Sc
     tensors of ``like``'s dtype that broadcast against it (``t`` [batch])."""
     if not isinstance(t, Tensor):
         if isinstance(schedule, nn.Module):  # its parameters may change: not cached
-            return float(schedule.alpha(t)), float(schedule.sigma(t))
-        return _alpha_sigma_at(schedule, float(t))
+            return _scales.__wrapped__(schedule, t)
+        return _scales(schedule, float(t))
     shape = (-1, *(1,) * (like.dim() - 1))
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     return alpha.to(like).reshape(shape), sigma.to(like).reshape(shape)

@@ -146,31 +146,35 @@ class VPDiscrete(VariancePreserving):
     """A table of N betas in continuous time: log alpha is piecewise linear through
     ``(n/N, log alpha_n)``, n = 1..N (DPM-Solver, Appendix D.3), and through (0, 0).
 
-    ``min_log_snr`` ends the time axis where the table falls below it (zero terminal SNR);
-    the published value is -5.1.
+    ``from_zero``: the N betas belong to the times n/(N-1), n = 0..N-1, so that t = 0 is noisy
+    already (the cosine table of the molecular EDM). ``min_log_snr`` ends the time axis where the
+    table falls below it (zero terminal SNR); the published value is -5.1.
 
     Raises:
-        ValueError: the table is empty or a beta lies outside (0, 1].
+        ValueError: fewer than two betas, or one outside (0, 1].
     """
 
     betas: tuple[float, ...]
     min_log_snr: float = -5.1
+    from_zero: bool = False
     t_min: float = field(init=False)
     t_max: float = field(init=False)
     _knots: tuple[Tensor, Tensor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         betas = torch.tensor(self.betas, dtype=torch.float64)
-        if betas.numel() == 0 or not bool(((betas > 0) & (betas <= 1)).all()):
-            raise ValueError("VPDiscrete: betas must be a non-empty table of values in (0, 1].")
+        if betas.numel() < 2 or not bool(((betas > 0) & (betas <= 1)).all()):
+            raise ValueError("VPDiscrete: betas must be a table of two or more values in (0, 1].")
+        n = torch.arange(betas.numel(), dtype=torch.float64)
+        t = n / (len(n) - 1) if self.from_zero else (n + 1) / len(n)
         log_alpha = 0.5 * torch.log1p(-betas).cumsum(0)
-        t = torch.arange(1, len(betas) + 1, dtype=torch.float64) / len(betas)
-        floor = _log_sqrt_sigmoid(as_time(2.0 * self.min_log_snr))
-        keep = max(1, int((log_alpha >= floor).sum()))
-        zero = torch.zeros(1, dtype=torch.float64)
-        knots = torch.cat([zero, t[:keep]]), torch.cat([zero, log_alpha[:keep]])
-        object.__setattr__(self, "_knots", knots)
-        object.__setattr__(self, "t_min", float(t[0]))
+        t_min = float(t[0])
+        if not self.from_zero:
+            zero = torch.zeros(1, dtype=torch.float64)
+            t, log_alpha = torch.cat([zero, t]), torch.cat([zero, log_alpha])
+        keep = max(2, int((log_alpha >= _log_sqrt_sigmoid(as_time(2.0 * self.min_log_snr))).sum()))
+        object.__setattr__(self, "_knots", (t[:keep], log_alpha[:keep]))
+        object.__setattr__(self, "t_min", t_min)
         object.__setattr__(self, "t_max", float(t[keep - 1]))
 
     @classmethod
@@ -181,9 +185,19 @@ class VPDiscrete(VariancePreserving):
     @classmethod
     def cosine(cls, steps: int = 1000, s: float = 0.008, cap: float = 0.999) -> VPDiscrete:
         """The cosine table of iDDPM, betas capped at ``cap`` (Nichol & Dhariwal 2021)."""
-        u = torch.arange(steps + 1, dtype=torch.float64) / steps
-        bar = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
-        return cls(tuple((1 - bar[1:] / bar[:-1]).clamp(max=cap).tolist()))
+        return cls(_cosine_betas(steps, s, cap))
+
+    @classmethod
+    def edm_cosine(cls, steps: int = 1000) -> VPDiscrete:
+        """The cosine table of the molecular EDM: ``steps`` + 1 entries, t = 0 included."""
+        betas = _cosine_betas(steps + 1, 0.008, 0.999)
+        return cls(betas, min_log_snr=-math.inf, from_zero=True)
+
+    @classmethod
+    def from_alphas_cumprod(cls, alphas_cumprod: Sequence[float]) -> VPDiscrete:
+        """The table whose alpha_n^2 are given (a diffusers or score_sde table)."""
+        bar = torch.tensor([1.0, *alphas_cumprod], dtype=torch.float64)
+        return cls(tuple((1.0 - bar[1:] / bar[:-1]).tolist()))
 
     @property
     def steps(self) -> int:
@@ -195,6 +209,12 @@ class VPDiscrete(VariancePreserving):
     def t_from_log_alpha(self, log_alpha: Tensor) -> Tensor:
         t, log_alphas = self._knots
         return _interpolate(log_alpha, log_alphas.flip(0), t.flip(0)).clamp(0.0, self.t_max)
+
+
+def _cosine_betas(steps: int, s: float, cap: float) -> tuple[float, ...]:
+    u = torch.arange(steps + 1, dtype=torch.float64) / steps
+    bar = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
+    return tuple((1 - bar[1:] / bar[:-1]).clamp(max=cap).tolist())
 
 
 def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
@@ -424,9 +444,3 @@ class LearnedGamma(nn.Module, VariancePreserving):
             noisier = self.log_snr(middle) < target
             low, high = torch.where(noisier, low, middle), torch.where(noisier, middle, high)
         return 0.5 * (low + high)
-
-
-def vp_from_alphas_cumprod(alphas_cumprod: Sequence[float]) -> VPDiscrete:
-    """The discrete schedule whose alpha_n^2 are given (a diffusers or score_sde table)."""
-    bar = torch.tensor([1.0, *alphas_cumprod], dtype=torch.float64)
-    return VPDiscrete(tuple((1.0 - bar[1:] / bar[:-1]).tolist()))
