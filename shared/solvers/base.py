@@ -43,7 +43,16 @@ class Solver(ABC):
 
 
 class PlanSolver(Solver):
-    """A solver that is a table. Subclasses are frozen dataclasses that implement ``write``."""
+    """A solver that is a table. Subclasses are frozen dataclasses that implement ``write``.
+
+    ``increasing``: an inversion, from data to noise, over increasing times.
+    """
+
+    increasing = False
+
+    def for_field(self, name: str) -> PlanSolver:
+        """This solver with the options of one field, where an option is given per field."""
+        return self
 
     @abstractmethod
     def write(
@@ -61,7 +70,7 @@ class PlanSolver(Solver):
             ValueError: fewer than two times, times that do not decrease, or times outside the
                 schedule.
         """
-        check_times(schedule, times)
+        check_times(schedule, times, increasing=self.increasing)
         tape = Tape()
         self.write(tape, schedule, times, lead or schedule)
         return tape.plan()
@@ -77,7 +86,7 @@ class PlanSolver(Solver):
         after: After | None = None,
     ) -> State:
         plans = {
-            name: self.plan(field.schedule, times, process.lead)
+            name: self.for_field(name).plan(field.schedule, times, process.lead)
             for name, field in process.fields.items()
         }
         return run(plans, denoise, x, draw, project, after)
