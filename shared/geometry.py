@@ -34,10 +34,20 @@ class Geometry(ABC):
         """A standard normal on the subspace, made of white noise of the full shape."""
         return self.project(white, mask)
 
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        """Inner product of each sample [batch] over its degrees of freedom, for arrays on the
+        subspace."""
+        return (x * y).flatten(1).sum(1)
+
     def norm_squared(self, x: Tensor) -> Tensor:
         """Squared length of each sample [batch] over its degrees of freedom; chi-squared with
         ``dim`` degrees for :meth:`noise`. ``x`` must lie on the subspace."""
-        return x.square().flatten(1).sum(1)
+        return self.inner(x, x)
+
+    def gradient(self, slopes: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The gradient over the degrees of freedom, given the derivatives of a function by every
+        entry of the array as if all were free."""
+        return self.project(slopes, mask)
 
     def extent(self, shape: tuple[int, ...], nodes: int | None) -> tuple[int, ...]:
         """Shape of one sample with ``nodes`` real nodes, cut out of its padded ``shape``."""
@@ -115,8 +125,11 @@ class SymmetricEdges(Geometry):
         upper = white * upper.reshape(1, nodes, nodes, *(1,) * (white.dim() - 3))
         return self._hollow(upper + upper.transpose(1, 2), mask)
 
-    def norm_squared(self, x: Tensor) -> Tensor:
-        return 0.5 * x.square().flatten(1).sum(1)  # every edge stands twice
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * (x * y).flatten(1).sum(1)  # every edge stands twice
+
+    def gradient(self, slopes: Tensor, mask: Tensor | None = None) -> Tensor:
+        return 2.0 * self.project(slopes, mask)  # both entries of an edge move with it
 
     def dim(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         n = _count(x, mask)

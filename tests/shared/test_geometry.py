@@ -86,3 +86,14 @@ def test_euclidean_is_the_whole_space() -> None:
     x = gaussian(2, 3, 4, 4)
     assert Euclidean().project(x) is x
     assert Euclidean().dim(x).tolist() == [48.0, 48.0]
+
+
+def test_gradient_and_inner_product_count_every_edge_once() -> None:
+    edges = SymmetricEdges()
+    a = edges.noise(torch.randn(2, 4, 4, dtype=torch.float64)).requires_grad_()
+    (slopes,) = torch.autograd.grad((a**3).sum(), a)  # sum over edges of 2 a_e^3
+    torch.testing.assert_close(edges.gradient(slopes), 6.0 * a.detach() ** 2 * (a != 0))
+    direction = edges.noise(torch.randn(2, 4, 4, dtype=torch.float64))
+    torch.testing.assert_close(
+        edges.inner(edges.gradient(slopes), direction), (slopes * direction).flatten(1).sum(1)
+    )
