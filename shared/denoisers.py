@@ -8,14 +8,16 @@ that solvers use, ``x0`` (the estimate of the data) and ``eps`` (the estimate of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from shared.losses import Simple, TimeSampler, UniformTime, Weighting
+from shared.geometry import Euclidean, Points
+from shared.losses import Simple, TimeSampler, UniformTime, Weighting, range_bound
+from shared.precision import Precision
 from shared.process import Process, Scale, State, alpha_sigma
 from shared.schedules import Schedule
 
@@ -91,6 +93,39 @@ class Prediction:
         both = correct if first is None else lambda x0: correct(first(x0))
         return Prediction(
             self.x, self.alpha, self.sigma, x0=self._x0, eps=self._eps, var=self.var, correct=both
+        )
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Prediction:
+        """``fn`` applied to every array (rows of a batch, detaching); the correction stays."""
+
+        def on(value: Any) -> Any:
+            return fn(value) if isinstance(value, Tensor) else value
+
+        x, alpha, sigma, var = on(self.x), on(self.alpha), on(self.sigma), on(self.var)
+        x0, eps = on(self._x0), on(self._eps)
+        return Prediction(x, alpha, sigma, x0=x0, eps=eps, var=var, correct=self._correct)
+
+    @staticmethod
+    def blend(predictions: Sequence[Prediction], weights: Sequence[Scale]) -> Prediction:
+        """sum_k w_k times predictions at one point, with sum_k w_k = 1 (guidance, composition),
+        in the forms that all of them have; variance and correction of the first stay."""
+
+        def total(forms: Sequence[Tensor | None]) -> Tensor | None:
+            terms = [w * f for w, f in zip(weights, forms, strict=True) if f is not None]
+            return torch.stack(terms).sum(0) if len(terms) == len(forms) else None
+
+        first = predictions[0]
+        x0, eps = total([p._x0 for p in predictions]), total([p._eps for p in predictions])
+        if x0 is None and eps is None:
+            eps = total([p.eps for p in predictions])
+        return Prediction(
+            first.x,
+            first.alpha,
+            first.sigma,
+            x0=x0,
+            eps=eps,
+            var=first.var,
+            correct=first._correct,
         )
 
     def with_eps(self, eps: Tensor) -> Prediction:
@@ -289,12 +324,18 @@ class Head:
     ``categories`` (the feature scale); x0_hat is the expected row and the loss the cross-entropy.
     The logits get the exact likelihood term categories * x * alpha / sigma^2, so an untrained
     network starts from Bayes' rule with a flat prior.
+
+    ``learned_range``: the backbone also gives '<field>_variance', the place of the reverse
+    variance between its bounds, from -1 to 1. It is trained by ``bound_weight`` times the
+    variational bound, which the mean does not feel (Nichol & Dhariwal 2021, Eqs. 15 and 16).
     """
 
     parameterisation: Parameterisation = field(default_factory=Noise)
     weighting: Weighting = field(default_factory=Simple)
     weight: float = 1.0
     categories: float | None = None
+    learned_range: bool = False
+    bound_weight: float = 1e-3
 
 
 class Denoiser(nn.Module):
@@ -307,6 +348,10 @@ class Denoiser(nn.Module):
         heads: field -> :class:`Head`; one head serves all fields.
         time_code: what the backbone is told about the time.
         times: how training times are drawn.
+        precision: which part of the backbone runs in half precision.
+
+    Raises:
+        ValueError: heads that do not fit the fields, or a learned range without a grid of times.
     """
 
     def __init__(
@@ -316,6 +361,7 @@ class Denoiser(nn.Module):
         heads: Head | Mapping[str, Head] | None = None,
         time_code: TimeCode | None = None,
         times: TimeSampler | None = None,
+        precision: Precision | None = None,
     ) -> None:
         super().__init__()
         if heads is None or isinstance(heads, Head):
@@ -329,6 +375,10 @@ class Denoiser(nn.Module):
         self.heads = dict(heads)
         self.time_code = time_code or TimeCode()
         self.times = times or UniformTime()
+        self.precision = precision or Precision()
+        for name, head in self.heads.items():
+            if head.learned_range:
+                self._check_learned_range(name)
         self.schedules = nn.ModuleDict(
             {  # a learned schedule trains and is saved with the rest
                 name: f.schedule
@@ -346,7 +396,15 @@ class Denoiser(nn.Module):
     ) -> dict[str, Prediction]:
         """Predictions of all fields at ``x`` (field -> [batch, ...]) and time ``t``."""
         out = self.outputs(x, t, mask, cond)
-        return {name: self._predict(name, out[name], x[name], t) for name in self.heads}
+        return self.predictions(out, x, t)
+
+    def predictions(self, out: State, x: State, t: float | Tensor) -> dict[str, Prediction]:
+        """What the backbone's ``out`` at ``x`` and ``t`` stands for."""
+        found = {name: self._predict(name, out[name], x[name], t) for name in self.heads}
+        for name, head in self.heads.items():
+            if head.learned_range:
+                found[name].var = 0.5 * (out[f"{name}_variance"] + 1.0)
+        return found
 
     def outputs(
         self,
@@ -365,7 +423,9 @@ class Denoiser(nn.Module):
             )
         times = torch.as_tensor(t, dtype=torch.float64, device=first.device).expand(len(first))
         code = self.time_code(self.process.lead, times).to(first.dtype)
-        out: State = self.backbone(inputs, code, mask, cond)
+        with self.precision.autocast(first.device):
+            out: State = self.backbone(self.precision.enter(inputs), code, mask, cond)
+        out = {name: value.to(first.dtype) for name, value in out.items()}
         return {
             **out,
             **self.process.project(
@@ -397,13 +457,57 @@ class Denoiser(nn.Module):
             x0: data, field -> [batch, ...]. noise: standard normals on the geometries.
             t: one time per sample, [batch].
         """
+        return torch.stack(list(self.losses(x0, noise, t, mask, cond).values())).sum(0)
+
+    def losses(
+        self,
+        x0: State,
+        noise: State,
+        t: Tensor,
+        mask: Tensor | None = None,
+        cond: Condition | None = None,
+    ) -> dict[str, Tensor]:
+        """The terms of :meth:`loss`: one per field, and '<field>_variance' for a learned range;
+        each [batch]."""
         x = self.process.perturb(x0, t, noise)
         out = self.outputs(x, t, mask, cond)
-        terms = [
-            head.weight * self.field_loss(name, out[name], x[name], x0[name], noise[name], t, mask)
+        terms = {
+            name: head.weight
+            * self.field_loss(name, out[name], x[name], x0[name], noise[name], t, mask)
             for name, head in self.heads.items()
-        ]
-        return torch.stack(terms).sum(0)
+        }
+        ranged = [name for name, head in self.heads.items() if head.learned_range]
+        if ranged:
+            found = self.predictions(out, x, t)
+            for name in ranged:
+                terms[f"{name}_variance"] = self._range_loss(name, found[name], x0[name], t, mask)
+        return terms
+
+    def _range_loss(
+        self, name: str, found: Prediction, x0: Tensor, t: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        field, steps = self.process.fields[name], self._steps()
+        assert found.var is not None
+        bits = range_bound(field.schedule, t, steps, found.var, x0 - found.raw_x0.detach())
+        bits = field.geometry.project(bits, mask).flatten(1).sum(1)
+        dim = field.geometry.dim(x0, mask).clamp(min=1.0).to(bits)
+        return self.heads[name].weight * self.heads[name].bound_weight * steps * bits / dim
+
+    def _steps(self) -> int:
+        return getattr(self.times, "steps", None) or 0
+
+    def _check_learned_range(self, name: str) -> None:
+        if not self._steps():
+            raise ValueError(
+                f"Denoiser: the learned range of '{name}' needs a chain of steps; "
+                "give times=UniformTime(steps=...)."
+            )
+        if not isinstance(self.process.fields[name].geometry, (Euclidean, Points)):
+            raise ValueError(
+                f"Denoiser: '{name}' cannot have a learned range: its entries are not independent."
+            )
+        if self.heads[name].categories is not None:
+            raise ValueError(f"Denoiser: '{name}' cannot have both categories and a range.")
 
     def field_loss(
         self,
