@@ -292,6 +292,7 @@ class Tape:
 Draw = Callable[[str, int], Tensor]
 Project = Callable[[str, Tensor], Tensor]
 After = Callable[[State, float | None], State]
+Resample = Callable[[Mapping[str, Prediction], float], Tensor | None]
 
 
 def run(
@@ -301,6 +302,7 @@ def run(
     draw: Draw,
     project: Project | None = None,
     after: After | None = None,
+    resample: Resample | None = None,
 ) -> State:
     """Run one plan per field, with one denoiser call per evaluating row.
 
@@ -311,6 +313,8 @@ def run(
         draw: ``(field, j) -> z_j`` of the field's shape, on its geometry.
         project: ``(field, x) -> x`` onto the field's geometry, after every row.
         after: ``(state, time) -> state`` after every row (replacement, callbacks).
+        resample: ``(predictions, t) -> rows`` after every evaluation: the rows of the batch that
+            take the places 0, 1, ..., or None; stored states and predictions follow.
 
     Raises:
         ValueError: the plans do not fit together or the state.
@@ -326,6 +330,10 @@ def run(
                 users = [name for name, plan in plans.items() if (kind, i) in plan.last_use]
                 if users:
                     stored[kind, i] = {name: predictions[name].form(kind) for name in users}
+            rows = None if resample is None else resample(predictions, row.at)
+            if rows is not None:
+                states = {k: _take(v, rows) for k, v in states.items()}
+                stored = {k: _take(v, rows) for k, v in stored.items()}
         new = {
             name: _apply(plan.rows[i], name, states, stored, draw) for name, plan in plans.items()
         }
@@ -345,6 +353,10 @@ def run(
         for s in dead:
             del states[s]
     return states[len(lead.rows)]
+
+
+def _take(values: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    return {name: value[rows] for name, value in values.items()}
 
 
 def _apply(
