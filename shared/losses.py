@@ -90,6 +90,40 @@ class MinSNR(Weighting):
         return (self.gamma * torch.exp(-2.0 * schedule.log_snr(t))).clamp(max=1.0)
 
 
+def range_bound(
+    schedule: Schedule, t: Tensor, steps: int, fraction: Tensor, error: Tensor
+) -> Tensor:
+    """Terms of the variational bound, in bits per entry, with the reverse variance
+    large^v small^(1-v), large = beta and small = the posterior's variance (Nichol & Dhariwal
+    2021, Eq. 15). The term of the last step is the continuous Gaussian likelihood; its
+    ``small`` is that of the step before, which is not zero.
+
+    Args:
+        t: times n t_max / ``steps``, [batch].
+        fraction: v, [batch, ...]. error: x0 - x0_hat, [batch, ...], without gradient.
+    """
+    span = schedule.t_max / steps
+    last = t < 1.5 * span
+    small, large, gain = _posterior(schedule, t, span)
+    small = torch.where(last, _posterior(schedule, t + span, span)[0], small)
+    shape = (-1, *(1,) * (error.dim() - 1))
+    low, high, gain = (v.to(error).reshape(shape) for v in (small.log(), large.log(), gain))
+    log_variance = fraction * high + (1.0 - fraction) * low
+    square = (gain * error) ** 2 * torch.exp(-log_variance)
+    divergence = log_variance - low - 1.0 + torch.exp(low - log_variance) + square
+    surprise = math.log(2 * math.pi) + log_variance + square
+    return torch.where(last.reshape(shape), surprise, divergence) / (2 * math.log(2.0))
+
+
+def _posterior(schedule: Schedule, t: Tensor, span: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of q(x_s | x_t, x_0), s = t - ``span``: variance, its upper bound beta, and the derivative
+    of its mean by x_0; float64 [batch]."""
+    s = (t - span).clamp(min=0.0)
+    alpha, before, after = schedule.alpha(s), schedule.sigma(s) ** 2, schedule.sigma(t) ** 2
+    beta = after - (schedule.alpha(t) / alpha) ** 2 * before
+    return beta * before / after, beta, alpha * beta / after
+
+
 class TimeSampler(ABC):
     """How training times are drawn; strata make the batch cover the range evenly."""
 
