@@ -34,7 +34,8 @@ SCHEDULES: dict[str, tuple[Schedule, float, float]] = {
 def uniform_log_snr(schedule: Schedule, n: int, start: float, end: float) -> list[float]:
     """n + 1 times, uniform in log-SNR."""
     first, last = schedule.log_snr(start), schedule.log_snr(end)
-    times = schedule.t_from_log_snr(torch.linspace(0, 1, n + 1).double() * (last - first) + first)
+    unit = torch.linspace(0.0, 1.0, n + 1, dtype=torch.float64)
+    times = schedule.t_from_log_snr(first + unit * (last - first))
     return [start, *times[1:-1].tolist(), end]
 
 
@@ -250,12 +251,12 @@ def trajectory(
     draw: Callable[[str, int], Tensor] = no_draws,
 ) -> tuple[Tensor, list[Tensor]]:
     """The end, and the states at the grid's times (start included)."""  # fmt: skip
-    seen, grid = [x], set(times)
+    seen = {times[0]: x}
 
     def after(state: State, time: float | None) -> State:
-        if time in grid:
-            seen.append(state["x"])
+        if time is not None:
+            seen[time] = state["x"]  # the last one at this time: corrected, if a solver corrects
         return state
 
     end = solver.solve(denoise.process, denoise, {"x": x}, times, draw, after=after)["x"]
-    return end, seen
+    return end, [seen[t] for t in times]
