@@ -75,6 +75,13 @@ class PlanSolver(Solver):
         self.write(tape, schedule, times, lead or schedule)
         return tape.plan()
 
+    def plans(self, process: Process, times: Sequence[float]) -> dict[str, Plan]:
+        """The tables of all fields; see :meth:`plan`."""
+        return {
+            name: self.for_field(name).plan(field.schedule, times, process.lead)
+            for name, field in process.fields.items()
+        }
+
     def solve(
         self,
         process: Process,
@@ -85,11 +92,7 @@ class PlanSolver(Solver):
         project: Project | None = None,
         after: After | None = None,
     ) -> State:
-        plans = {
-            name: self.for_field(name).plan(field.schedule, times, process.lead)
-            for name, field in process.fields.items()
-        }
-        return run(plans, denoise, x, draw, project, after)
+        return run(self.plans(process, times), denoise, x, draw, project, after)
 
 
 def check_times(schedule: Schedule, times: Sequence[float], *, increasing: bool = False) -> None:
