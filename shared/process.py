@@ -60,8 +60,8 @@ class Process:
     def lead(self) -> Schedule:
         return next(iter(self.fields.values())).schedule
 
-    def perturb(self, x0: State, t: Tensor, noise: State) -> State:
-        """x_t = alpha(t) x_0 + sigma(t) eps, with one time per sample (``t`` [batch])."""
+    def perturb(self, x0: State, t: float | Tensor, noise: State) -> State:
+        """x_t = alpha(t) x_0 + sigma(t) eps, with one time, or one per sample ([batch])."""
         out = {}
         for name, x in x0.items():
             alpha, sigma = alpha_sigma(self.fields[name].schedule, t, x)
