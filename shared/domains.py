@@ -86,6 +86,11 @@ class Domain(ABC, Generic[Item]):
             ValueError: an unknown or impossible request.
         """
 
+    def null_condition(self) -> dict[str, Tensor]:
+        """Condition name -> the value [1, ...] that stands for "no condition"; empty for a domain
+        that was not trained with one (then no classifier-free guidance)."""
+        return {}
+
     @abstractmethod
     def decode(self, state: State, mask: Tensor | None) -> list[Item | Invalid]:
         """Model units -> items, one per row, in order."""
