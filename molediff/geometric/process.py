@@ -1,0 +1,47 @@
+"""The noising process of molecules in 3D, and the heads of its fields.
+
+Two or three fields share one schedule: ``positions`` on the subspace of zero centre of mass,
+``types`` (one-hot times a feature scale) and, optionally, ``charges`` (atomic number or formal
+charge times a scale).
+"""
+
+from __future__ import annotations
+
+from shared.denoisers import Head, KarrasPreconditioned
+from shared.geometry import CentredPoints, Points
+from shared.losses import Native, NormalLogSNR
+from shared.process import Field, Process
+from shared.schedules import Polynomial, Schedule
+
+POSITION_STD = 1.398
+"""Standard deviation of a centred coordinate over QM9, Angstrom."""
+
+
+def molecule_process(schedule: Schedule | None = None, *, charges: bool = False) -> Process:
+    """Positions, types and optionally charges under one schedule, EDM's polynomial by default."""
+    schedule = schedule or Polynomial()
+    fields = {"positions": Field(schedule, CentredPoints()), "types": Field(schedule, Points())}
+    return Process(fields | ({"charges": Field(schedule, Points())} if charges else {}))
+
+
+def karras_heads(
+    types: int, *, scale: float = 0.25, position_std: float = POSITION_STD
+) -> dict[str, Head]:
+    """Preconditioned data prediction for positions, a classifier for types.
+
+    Args:
+        types: number of elements. scale: value of a set entry of ``types``.
+        position_std: standard deviation of a coordinate of the data, in model units.
+    """
+    return {
+        "positions": Head(KarrasPreconditioned(position_std), Native()),
+        "types": Head(
+            KarrasPreconditioned(scale * types**-0.5), Native(), weight=0.5, categories=scale
+        ),
+    }
+
+
+def fast_times() -> NormalLogSNR:
+    """Training times that dwell where bonds form: log(alpha^2 / sigma^2) ~ N(1.5, 2.2^2), cut to
+    [-11, 11.4]; half of it is the log-SNR of this library."""
+    return NormalLogSNR(mean=0.75, std=1.1, low=-5.5, high=5.7)
