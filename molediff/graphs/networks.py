@@ -1,0 +1,404 @@
+"""The score networks of GDSS (Jo et al. 2022), dense, masked and without loops over channels.
+
+Notation: b graphs padded to n nodes, F node features, C adjacency channels, H heads. The batch is
+the last axis of every array (nodes ``[F, n, b]``, dense edges ``[C, n, n, b]``): the graphs are
+small, and long contiguous rows over the batch cost less than thousands of tiny products.
+
+What the networks do to an edge is element-wise and symmetric, and the diagonal of an adjacency
+channel never matters (a graph convolution puts 1 there). So edges are kept as the list of pairs
+i < j of real nodes, ``[C, pairs]``, which is less than half of the padded matrices.
+
+The values of an attention enter the mixing of channels linearly: their weight and the first
+weight of the mixing perceptron are multiplied first, and the values are never formed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shared.denoisers import Condition
+from shared.process import State
+
+LONG_ROW = 16
+"""From this batch size on, products run over rows of the batch."""
+CHUNK = 20_000
+"""Matrix entries at a time when no gradient is needed: what a processor's cache holds."""
+
+
+# -- products over the batch ------------------------------------------------------------------
+
+
+def propagate(adjacency: Tensor, x: Tensor) -> Tensor:
+    """sum_j A[c, i, j] x[f, j] -> [C, F, n, b], of ``adjacency`` [C, n, n, b], ``x`` [F, n, b]."""
+    channels, n, _, b = adjacency.shape
+    if torch.is_grad_enabled() or b < LONG_ROW or n > 2 * LONG_ROW:
+        rows = adjacency.permute(3, 0, 1, 2).reshape(b, channels * n, n)
+        out = torch.bmm(rows, x.permute(2, 1, 0).contiguous())
+        return out.reshape(b, channels, n, -1).permute(1, 3, 2, 0)
+    out = adjacency[:, None, :, 0] * x[:, None, 0]
+    for j in range(1, n):
+        out.addcmul_(adjacency[:, None, :, j], x[:, None, j])
+    return out
+
+
+def mean_tanh(q: Tensor, k: Tensor) -> Tensor:
+    """The mean over the heads of tanh(q . k / 2), [C, n, n, b]; ``q``, ``k`` [C, H, d, n, b].
+
+    tanh(s / 2) = 2 sigmoid(s) - 1, and a sigmoid costs a fraction of a tanh.
+    """
+    if torch.is_grad_enabled() or q.shape[-1] < LONG_ROW:
+        q, k = q.permute(0, 1, 4, 3, 2), k.permute(0, 1, 4, 2, 3)
+        scores = (q.contiguous() @ k.contiguous()).permute(0, 1, 3, 4, 2)
+    else:
+        scores = q[:, :, 0, :, None] * k[:, :, 0, None]
+        for d in range(1, q.shape[2]):
+            scores.addcmul_(q[:, :, d, :, None], k[:, :, d, None])
+    return torch.sigmoid(scores).mean(1).mul_(2.0).sub_(1.0)
+
+
+def normalised(adjacency: Tensor) -> Tensor:
+    """D^-1/2 (A + I) D^-1/2 with degrees of at least 1 (noisy adjacencies can be negative);
+    ``adjacency`` [C, n, n, b] with zero diagonal."""
+    looped = adjacency + torch.eye(adjacency.shape[1]).to(adjacency)[..., None]
+    scale = looped.sum(2).clamp(min=1.0).rsqrt()
+    return looped * scale[:, :, None] * scale[:, None]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs i < j of real nodes of a padded batch: positions of (i, j) and (j, i) in the
+    flattened [n, n, b] array, and the mask [n, b] in the dtype of the features."""
+
+    upper: Tensor
+    lower: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor, dtype: torch.dtype) -> Pairs:
+        """The pairs of a batch with ``mask`` [b, n]."""
+        real = mask.T  # [n, b]
+        n, b = real.shape
+        above = torch.ones(n, n, dtype=torch.bool, device=mask.device).triu(1)[..., None]
+        upper = (above & real[:, None] & real[None]).flatten().nonzero().flatten()
+        i, j, graph = upper // (n * b), upper // b % n, upper % b
+        return cls(upper, (j * n + i) * b + graph, real.to(dtype))
+
+    def gather(self, dense: Tensor) -> Tensor:
+        """Symmetric [C, n, n, b] -> [C, pairs]."""
+        return dense.flatten(1).index_select(1, self.upper)
+
+    def symmetrised(self, dense: Tensor) -> Tensor:
+        """The symmetric part of [C, n, n, b] -> [C, pairs]."""
+        flat = dense.flatten(1)
+        return 0.5 * (flat.index_select(1, self.upper) + flat.index_select(1, self.lower))
+
+    def scatter(self, edges: Tensor) -> Tensor:
+        """[C, pairs] -> symmetric [C, n, n, b], zero elsewhere."""
+        n, b = self.mask.shape
+        dense = edges.new_zeros(len(edges), n * n * b)
+        dense = dense.index_copy_(1, self.upper, edges).index_copy_(1, self.lower, edges)
+        return dense.reshape(-1, n, n, b)
+
+    def powers(self, adjacency: Tensor, count: int) -> Tensor:
+        """A, A^2, ..., A^count of ``adjacency`` [n, n, b] -> [count, pairs]."""
+        powers = [adjacency]
+        for _ in range(count - 1):
+            powers.append(propagate(adjacency[None], powers[-1])[0])
+        return self.gather(torch.stack(powers))
+
+
+# -- layers -----------------------------------------------------------------------------------
+
+
+class Perceptron(nn.Module):
+    """Linear layers with ELU between them, on columns: [inputs, m] -> [outputs, m]."""
+
+    def __init__(self, layers: int, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        if layers < 1:
+            raise ValueError(f"Perceptron: {layers} layers; needs at least 1.")
+        sizes = [inputs, *[hidden] * (layers - 1), outputs]
+        self.linears = nn.ModuleList(
+            nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after_first(self._linear(0, x))
+
+    def after_first(self, x: Tensor) -> Tensor:
+        """The rest, given the output of the first linear layer (which is overwritten)."""
+        for k in range(1, len(self.linears)):
+            x = self._linear(k, F.elu(x, inplace=True))
+        return x
+
+    def _linear(self, k: int, x: Tensor) -> Tensor:
+        return torch.addmm(self.linears[k].bias[:, None], self.linears[k].weight, x)
+
+
+def _glorot(*shape: int) -> nn.Parameter:
+    bound = math.sqrt(6.0 / (shape[-2] + shape[-1]))
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
+class GraphConvolution(nn.Module):
+    """A X W + b with a normalised adjacency (Kipf & Welling 2017)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = _glorot(inputs, outputs)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        """``x`` [F, n, b], ``adjacency`` [1, n, n, b] normalised -> [outputs, n, b]."""
+        sent = (self.weight.T @ x.flatten(1)).reshape(-1, *x.shape[1:])
+        return propagate(adjacency, sent)[0] + self.bias[:, None, None]
+
+
+class AttentionLayer(nn.Module):
+    """Graph multi-head attention (Baek et al. 2021) on every adjacency channel, then mixing of
+    the channels: new node features and, unless ``edges`` is False, new channels.
+
+    The attention scores are divided by the root of the width of the values, as published.
+    """
+
+    def __init__(
+        self,
+        linears: int,
+        inputs: int,
+        attention: int,
+        outputs: int,
+        channels_in: int,
+        channels_out: int,
+        heads: int,
+        edges: bool = True,
+    ) -> None:
+        super().__init__()
+        if attention % heads:
+            raise ValueError(
+                f"AttentionLayer: attention width {attention} is not a multiple of {heads} heads."
+            )
+        self.heads, self.outputs = heads, outputs
+        hidden = 2 * max(channels_in, channels_out)
+        self.value = _glorot(channels_in, inputs, outputs)
+        self.value_bias = nn.Parameter(torch.zeros(channels_in, outputs))
+        self.mix_nodes = Perceptron(2, channels_in * outputs, hidden, outputs)
+        if edges:
+            self.query = _glorot(channels_in, inputs, attention)
+            self.key = _glorot(channels_in, inputs, attention)
+            self.query_bias = nn.Parameter(torch.zeros(channels_in, attention))
+            self.key_bias = nn.Parameter(torch.zeros(channels_in, attention))
+            self.mix_edges = Perceptron(linears, 2 * channels_in, hidden, channels_out)
+        self.edges = edges
+
+    def forward(self, x: Tensor, edges: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """``x`` [F, n, b], ``edges`` [C, pairs] -> new ones."""
+        heard = propagate(normalised(pairs.scatter(edges)), x).flatten(2)  # [C, F, n b]
+        nodes = torch.tanh(self.mix_nodes.after_first(self._mixed_values(heard)))
+        nodes = nodes.reshape(-1, *x.shape[1:]) * pairs.mask
+        if not self.edges:
+            return nodes, edges
+        scores = mean_tanh(*self._queries_and_keys(heard, x.shape))
+        both = torch.cat([pairs.symmetrised(scores), edges])
+        return nodes, self.mix_edges(both).mul(2.0)  # E + E^T of a symmetric E
+
+    def _mixed_values(self, heard: Tensor) -> Tensor:
+        """The first linear map of ``mix_nodes`` on the values of all channels, [hidden, n b]."""
+        linear = self.mix_nodes.linears[0]
+        first = linear.weight.reshape(-1, len(self.value), self.outputs)  # [hidden, C, outputs]
+        weight = torch.einsum("cfo,hco->hcf", self.value, first).flatten(1)
+        bias = linear.bias + torch.einsum("co,hco->h", self.value_bias, first)
+        return torch.addmm(bias[:, None], weight, heard.reshape(weight.shape[1], -1))
+
+    def _queries_and_keys(self, heard: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Both [C, H, d, n, b], the queries scaled (see :func:`mean_tanh`)."""
+        scale = 2.0 / math.sqrt(self.outputs)
+        weight = torch.cat([scale * self.query, self.key], -1).transpose(1, 2)
+        bias = torch.cat([scale * self.query_bias, self.key_bias], -1)[..., None]
+        both = torch.baddbmm(bias, weight, heard)
+        split = both.reshape(len(both), 2, self.heads, -1, *shape[1:])
+        return split[:, 0], split[:, 1]
+
+
+def _attention_stack(
+    depth: int,
+    features: int,
+    hidden: int,
+    attention: int,
+    channels: tuple[int, int, int],
+    linears: int,
+    heads: int,
+    last_edges: bool,
+) -> nn.ModuleList:
+    """Layers with channels (first, middle, last) and attention width ``hidden`` in the first."""
+    first, middle, last = channels
+    layers = nn.ModuleList()
+    for k in range(depth):
+        end = k == depth - 1 and k > 0
+        layers.append(
+            AttentionLayer(
+                linears,
+                hidden if k else features,
+                attention if k else hidden,
+                hidden,
+                middle if k else first,
+                last if end else middle,
+                heads,
+                edges=last_edges or k < depth - 1,
+            )
+        )
+    return layers
+
+
+# -- networks ---------------------------------------------------------------------------------
+
+
+class NodeConvolutionNetwork(nn.Module):
+    """ScoreNetworkX: graph convolutions, all layers concatenated, a perceptron."""
+
+    def __init__(self, features: int, depth: int, hidden: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            GraphConvolution(hidden if k else features, hidden) for k in range(depth)
+        )
+        width = features + depth * hidden
+        self.final = Perceptron(3, width, 2 * width, features)
+
+    def forward(self, x: Tensor, adjacency: Tensor, pairs: Pairs) -> Tensor:
+        """``x`` [F, n, b], ``adjacency`` [n, n, b] -> [F, n, b]."""
+        norm, seen = normalised(adjacency[None]), [x]
+        for layer in self.layers:
+            seen.append(torch.tanh(layer(seen[-1], norm)))
+        return self.final(torch.cat(seen).flatten(1)).reshape(x.shape) * pairs.mask
+
+
+class NodeAttentionNetwork(nn.Module):
+    """ScoreNetworkX in its attention form (the second ZINC250k checkpoint). The features of a
+    layer go through tanh twice, as published."""
+
+    def __init__(
+        self,
+        features: int,
+        depth: int,
+        hidden: int,
+        attention: int,
+        channels: tuple[int, int, int] = (2, 8, 4),
+        linears: int = 2,
+        heads: int = 4,
+    ) -> None:
+        super().__init__()
+        self.powers = channels[0]
+        self.layers = _attention_stack(
+            depth, features, hidden, attention, channels, linears, heads, last_edges=False
+        )
+        width = features + depth * hidden
+        self.final = Perceptron(3, width, 2 * width, features)
+
+    def forward(self, x: Tensor, adjacency: Tensor, pairs: Pairs) -> Tensor:
+        """``x`` [F, n, b], ``adjacency`` [n, n, b] -> [F, n, b]."""
+        edges, seen = pairs.powers(adjacency, self.powers), [x]
+        for layer in self.layers:
+            nodes, edges = layer(seen[-1], edges, pairs)
+            seen.append(torch.tanh(nodes))
+        return self.final(torch.cat(seen).flatten(1)).reshape(x.shape) * pairs.mask
+
+
+class EdgeNetwork(nn.Module):
+    """ScoreNetworkA: attention layers on powers of the adjacency, the channels of all layers
+    concatenated, a perceptron on every pair."""
+
+    def __init__(
+        self,
+        features: int,
+        depth: int,
+        hidden: int,
+        attention: int,
+        channels: tuple[int, int, int] = (2, 8, 4),
+        linears: int = 2,
+        heads: int = 4,
+    ) -> None:
+        super().__init__()
+        first, middle, last = channels
+        self.powers = first
+        self.layers = _attention_stack(
+            depth, features, hidden, attention, channels, linears, heads, last_edges=True
+        )
+        width = first + middle * (depth - 1) + last
+        self.final = Perceptron(3, width, 2 * width, 1)
+
+    def forward(self, x: Tensor, adjacency: Tensor, pairs: Pairs) -> Tensor:
+        """``x`` [F, n, b], ``adjacency`` [n, n, b] -> [n, n, b], symmetric and hollow."""
+        seen = [pairs.powers(adjacency, self.powers)]
+        for layer in self.layers:
+            x, edges = layer(x, seen[-1], pairs)
+            seen.append(edges)
+        return pairs.scatter(self.final(torch.cat(seen)))[0]
+
+
+class GraphScoreNetwork(nn.Module):
+    """A network for the nodes and one for the edges, as one backbone.
+
+    Inputs and outputs: 'nodes' [b, n, F] and 'edges' [b, n, n]. The published networks know
+    nothing of the time and of conditions.
+    """
+
+    def __init__(self, nodes: nn.Module, edges: nn.Module) -> None:
+        super().__init__()
+        self.nodes, self.edges = nodes, edges
+
+    @classmethod
+    def build(
+        cls,
+        features: int,
+        node_depth: int = 3,
+        edge_depth: int = 5,
+        hidden: int = 32,
+        attention: int = 32,
+        channels: tuple[int, int, int] = (2, 8, 4),
+        linears: int = 2,
+        heads: int = 4,
+        node_attention: bool = False,
+    ) -> GraphScoreNetwork:
+        """The published pair of networks; ``node_attention`` chooses the attention form.
+
+        Raises:
+            ValueError: a width that the heads do not divide, or a size below 1.
+        """
+        first, middle, last = channels
+        if min(features, node_depth, edge_depth, hidden, attention, heads, *channels) < 1:
+            raise ValueError("GraphScoreNetwork: every size must be at least 1.")
+        wide = (hidden, attention, (first, middle, last), linears, heads)
+        nodes: nn.Module = NodeConvolutionNetwork(features, node_depth, hidden)
+        if node_attention:
+            nodes = NodeAttentionNetwork(features, node_depth, *wide)
+        return cls(nodes, EdgeNetwork(features, edge_depth, *wide))
+
+    def forward(
+        self,
+        inputs: Mapping[str, Tensor],
+        code: Tensor,
+        mask: Tensor | None = None,
+        cond: Condition | None = None,
+    ) -> State:
+        x, adjacency = inputs["nodes"], inputs["edges"]
+        if mask is None:
+            mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        size = max(LONG_ROW, CHUNK // x.shape[1] ** 2)
+        if torch.is_grad_enabled() or x.device.type != "cpu" or len(x) <= size:
+            return self._score(x, adjacency, mask)
+        parts = zip(x.split(size), adjacency.split(size), mask.split(size), strict=True)
+        scores = [self._score(*part) for part in parts]
+        return {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
+
+    def _score(self, x: Tensor, adjacency: Tensor, mask: Tensor) -> State:
+        pairs = Pairs.of(mask, x.dtype)
+        x, adjacency = x.permute(2, 1, 0).contiguous(), adjacency.permute(1, 2, 0).contiguous()
+        return {
+            "nodes": self.nodes(x, adjacency, pairs).permute(2, 1, 0).contiguous(),
+            "edges": self.edges(x, adjacency, pairs).permute(2, 0, 1).contiguous(),
+        }
