@@ -22,6 +22,7 @@ import os
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ class Checkpoint:
         return dict(read_pickled_tensors(self.training_path))
 
 
-def versions() -> dict[str, str]:
+@cache
+def versions() -> Mapping[str, str]:
     """Versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -146,7 +148,7 @@ def save(
         "step": step,
         "config": dict(config),
         "statistics": dict(domain),
-        "versions": versions(),
+        "versions": dict(versions()),
         "files": files,
     }
     text = json.dumps(manifest, indent=1, allow_nan=False)

@@ -15,12 +15,13 @@ Running again in the same folder goes on from the last checkpoint.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
 import platform
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from fnmatch import fnmatch
 from pathlib import Path
@@ -44,6 +45,7 @@ FREE = (
     "hydra*",
     "out",
 )
+METRICS_HEADER = "step,name,value\n"
 _pretrained: list[Path] = []
 
 
@@ -215,36 +217,30 @@ class Run:
     def write_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append numbers to metrics.csv."""
         file = self.folder / "metrics.csv"
-        new = not file.exists()
+        rows = _csv([(step, name, float(value)) for name, value in values.items()])
         with file.open("a", newline="", encoding="utf-8") as handle:
-            writer = csv.writer(handle)
-            if new:
-                writer.writerow(("step", "name", "value"))
-            writer.writerows((step, name, repr(float(v))) for name, v in values.items())
+            handle.write(rows if handle.tell() else METRICS_HEADER + rows)
 
     def metrics(self) -> list[tuple[int, str, float]]:
-        """Rows (step, name, value) of metrics.csv in order; a row cut off by a crash is left
+        """Rows (step, name, value) of metrics.csv in order; a row that a crash cut off is left
         out."""
         file = self.folder / "metrics.csv"
         if not file.exists():
             return []
-        with file.open(newline="", encoding="utf-8") as handle:
-            rows = list(csv.reader(handle))[1:]
-        return [(int(r[0]), r[1], float(r[2])) for r in rows if len(r) == 3 and _number(r[2])]
+        whole = file.read_text(encoding="utf-8").rpartition("\n")[0]
+        rows = list(csv.reader(io.StringIO(whole)))[1:]
+        return [(int(step), name, float(value)) for step, name, value in rows]
 
     def rewind(self, step: int) -> None:
         """Drop metrics after ``step``: training goes on from an earlier checkpoint."""
-        lines = [f"{s},{name},{value!r}" for s, name, value in self.metrics() if s <= step]
-        text = "\r\n".join(["step,name,value", *lines, ""])
+        text = METRICS_HEADER + _csv([row for row in self.metrics() if row[0] <= step])
         write_atomically(self.folder / "metrics.csv", text.encode())
 
 
-def _number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _csv(rows: Iterable[tuple[int, str, float]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def _locked(folder: Path) -> FileLock:
