@@ -1,0 +1,306 @@
+"""The command lines: ``PROGRAM VERB key=value ...``, composed by Hydra.
+
+Exit status: 0 done, 1 something failed, 2 the command has to be changed, 130 interrupted. Errors
+are one line; set MOLEDIFF_TRACEBACK=1 to see where they come from.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared import configuration
+from shared.configuration import ConfigurationError, nearest
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+VERBS = {
+    "train": "train a model; again in the same folder: go on",
+    "sample": "generate with a trained model; again in the same folder: only what is missing",
+    "evaluate": "measure files or samples of any origin",
+    "report": "write one HTML page about a run or a folder of samples",
+    "convert": "turn the checkpoint of another program into a run folder",
+    "doctor": "say what this installation can do",
+}
+EXAMPLES = {
+    "sample": ("run=runs/mine n=100 solver=dpmpp_2m steps=50 seed=0 out=samples",),
+    "evaluate": ("samples", "mine.npz reference=theirs.npz out=evaluation"),
+    "report": ("runs/mine",),
+    "convert": ("checkpoint.pt out=runs/converted",),
+    "doctor": ("",),
+}
+PATHS = ("out", "run", "path", "reference")
+POSITIONAL = ("evaluate", "report", "convert")
+MISTAKES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+
+
+@dataclass(frozen=True)
+class Converter:
+    """Turns the checkpoints of another program into this one's.
+
+    ``recognises``: the state-dict keys -> whether this converter reads it. ``convert``: (tensors
+    and numbers as read, path of the file, folder to write a checkpoint into).
+    """
+
+    name: str
+    recognises: Callable[[frozenset[str]], bool]
+    convert: Callable[[Mapping[str, Any], Path, Path], None]
+
+
+@dataclass(frozen=True)
+class Program:
+    """One command line. ``packages``: where its domains live, as prefixes of ``_target_``;
+    ``default``: the domain to judge files with when nothing else tells, if there is one."""
+
+    name: str
+    title: str
+    packages: tuple[str, ...]
+    default: str | None = None
+    examples: tuple[str, ...] = ()
+    converters: tuple[Converter, ...] = field(default=(), repr=False)
+
+    @property
+    def domains(self) -> list[str]:
+        """The options of the group ``domain`` that are this program's."""
+        return [o for o in configuration.options("domain") if self._owns(_target(o))]
+
+    def _owns(self, target: str) -> bool:
+        return target.startswith(self.packages)
+
+    def check_domain(self, config: Any) -> None:
+        """Refuse the domain of another program.
+
+        Raises:
+            ConfigurationError: says which domains this one has.
+        """
+        target = str(config.get("_target_", ""))
+        if not self._owns(target):
+            raise ConfigurationError(
+                f"{self.name} has the domains {', '.join(self.domains)}; {target} belongs to "
+                "another command."
+            )
+
+
+def _target(domain: str) -> str:
+    text = (configuration.folder() / "domain" / f"{domain}.yaml").read_text(encoding="utf-8")
+    found = re.search(r"^_target_: *(\S+)", text, re.MULTILINE)
+    return found.group(1) if found else ""
+
+
+def main(program: Program, arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    try:
+        return _dispatch(program, list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        return fail(program.name, error)
+
+
+def fail(name: str, error: Exception) -> int:
+    """Say in one line what went wrong; the exit status."""
+    if os.environ.get("MOLEDIFF_TRACEBACK"):
+        traceback.print_exception(error)
+    text = " ".join(str(error).split()) or type(error).__name__
+    mistake = isinstance(error, MISTAKES)
+    kind = "" if mistake else f"{type(error).__name__}: "
+    print(f"{name}: {kind}{text}", file=sys.stderr)
+    return 2 if mistake else 1
+
+
+def _dispatch(program: Program, arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview(program))
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"{program.name} {metadata.version('molediff')}")
+        return 0
+    verb, *rest = arguments
+    if verb not in VERBS:
+        raise ConfigurationError(f"no verb '{verb}'{nearest(verb, VERBS)} ({', '.join(VERBS)})")
+    if any(word in ("-h", "--help") for word in rest):
+        print(help_on(program, verb))
+        return 0
+    if verb == "doctor":
+        from shared import doctor
+
+        configuration.reject_unknown("doctor", rest, ())
+        print(doctor.describe())
+        return 0
+    sweep = any(word in ("-m", "--multirun") for word in rest)
+    words = [word for word in rest if word not in ("-m", "--multirun")]
+    if sweep:
+        return _sweep(program, verb, overrides(verb, words, quote=False))
+    return execute(program, verb, configuration.compose(verb, overrides(verb, words)))
+
+
+def overrides(verb: str, words: Sequence[str], *, quote: bool = True) -> list[str]:
+    """Words of the command line -> Hydra overrides: a bare path becomes ``path=``, ``request.``
+    keys are added, paths may hold any character (``quote``), ``launcher`` may be called
+    ``hydra.launcher``.
+
+    Raises:
+        ConfigurationError: a word that is neither an option nor ``key=value``.
+    """
+    out = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals and verb in POSITIONAL and not word.startswith("-"):
+            key, value = "path", word
+        elif not equals and not key.startswith("~"):
+            raise ConfigurationError(
+                f"'{word}' is not key=value; see {verb} --help"
+                if not word.startswith("-")
+                else f"no option '{word}'{nearest(word, ('--help', '--multirun'))}"
+            )
+        key = {"hydra.launcher": "launcher", "hydra/launcher": "launcher"}.get(key, key)
+        if key.startswith("request."):
+            key = f"++{key}"
+        if quote and key in PATHS and value != "null" and value[:1] not in ("'", '"'):
+            value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        out.append(f"{key}={value}" if equals or key == "path" else word)
+    return out
+
+
+def execute(program: Program, verb: str, config: DictConfig) -> int:
+    """Run a verb with its progress bar and print what it has to say."""
+    from shared import verbs  # imports torch and lightning; help and mistakes need neither
+
+    check_numbers(config)
+    with Bar(verb) as bar:
+        outcome = getattr(verbs, verb)(config, program, bar)
+    print("\n".join(outcome.lines))
+    return 0 if outcome.ok else 1
+
+
+def check_numbers(config: DictConfig) -> None:
+    """Refuse values of the wrong kind in keys that count.
+
+    Raises:
+        ConfigurationError: names the key and the value.
+    """
+    for key, least in (("n", 1), ("steps", 1), ("batch", 1), ("seed", 0)):
+        value = config.get(key)
+        if value is None and (key == "seed" or key not in config):
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigurationError(f"{key}={value}: give a whole number of at least {least}.")
+
+
+class Bar:
+    """A progress bar that appears with the first report of progress, on a terminal only."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._bar: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=self.title, disable=None, leave=False)
+        self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+# -- sweeps -----------------------------------------------------------------------------------
+
+
+def _sweep(program: Program, verb: str, words: list[str]) -> int:
+    """Hydra's multirun: one job per combination of the values, each in its own folder."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    out = next((w.partition("=")[2] for w in words if w.startswith("out=")), None)
+    folder = str(Path((out or f"multirun/{verb}").strip("'\"")).absolute()).replace("'", "\\'")
+    words = [w for w in words if not w.startswith("out=")] + [f"hydra.sweep.dir='{folder}'"]
+    with configuration.hydra_session():
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        try:
+            results = hydra.multirun(verb, partial(_job, program, verb), words)
+        except (HydraException, OmegaConfBaseException) as error:
+            text = configuration.explain(verb, words, error)
+            raise ConfigurationError(text) from error
+    statuses = [job.return_value for batch in results for job in batch]
+    print(f"{statuses.count(0)} of {len(statuses)} jobs succeeded: {folder}")
+    return max(statuses, default=0)
+
+
+def _job(program: Program, verb: str, config: DictConfig) -> int:
+    """One job of a sweep; a failure does not stop the others."""
+    from hydra.core.hydra_config import HydraConfig
+
+    try:
+        configuration.check_complete(verb, config)
+        config.out = HydraConfig.get().runtime.output_dir
+        return execute(program, verb, config)
+    except Exception as error:
+        return fail(program.name, error)
+
+
+# -- help -------------------------------------------------------------------------------------
+
+
+def overview(program: Program) -> str:
+    """The help of the whole program."""
+    verbs = "\n".join(f"  {verb:<9} {text}" for verb, text in VERBS.items())
+    examples = "\n".join(f"  {program.name} {example}" for example in program.examples)
+    return (
+        f"{program.title}\n\nusage: {program.name} VERB key=value ...   ({program.name} VERB "
+        f"--help, {program.name} --version)\n\n{verbs}\n\ndomains: {', '.join(program.domains)}"
+        f"\n\nexamples:\n{examples}"
+    )
+
+
+def help_on(program: Program, verb: str) -> str:
+    """The help of one verb: its keys as its file explains them, and the options of its groups."""
+    lines = [f"{program.name} {verb}: {VERBS[verb]}", ""]
+    if verb != "doctor":
+        lines += ["keys:", *_keys(verb), "", "choices:", *_choices(program, verb), ""]
+        lines += ["-m, --multirun: run every combination of values given as a,b,c", ""]
+    own = [e.partition(" ")[2] for e in program.examples if e.startswith(f"{verb} ")]
+    examples = own or EXAMPLES.get(verb, ())
+    return "\n".join([*lines, "examples:", *(f"  {program.name} {verb} {e}" for e in examples)])
+
+
+def _keys(verb: str) -> list[str]:
+    lines = []
+    for name in (verb, "config"):
+        text = (configuration.folder() / f"{name}.yaml").read_text(encoding="utf-8")
+        for line in text.splitlines():
+            if line[:1].isalpha() and not line.startswith("defaults:"):
+                setting, _, comment = line.partition(" # ")
+                key, _, value = setting.partition(": ")
+                lines.append(f"  {key}={value.replace('???', '...')}".ljust(24) + comment)
+    return lines
+
+
+def _choices(program: Program, verb: str) -> list[str]:
+    lines = []
+    for group, default in configuration.defaults(verb).items():
+        names = configuration.options(group)
+        names = [n for n in program.domains if n in names] if group == "domain" else names
+        usual = "" if default in (None, "???") else f" (default {default})"
+        lines.append(f"  {group}=".ljust(24) + ", ".join(names) + usual)
+    return lines

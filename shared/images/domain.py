@@ -1,0 +1,246 @@
+"""Images as a domain: the digits that come with scikit-learn, or arrays of the user's own."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+from shared.configuration import reject_unknown
+from shared.domains import Batch, Domain, Invalid
+from shared.images import files
+from shared.images.files import Picture
+from shared.metrics import Estimate, proportion
+from shared.process import State
+from shared.randomness import stream
+from shared.resampling import jackknife
+
+
+class Labelled(Dataset[tuple[Tensor, Tensor]]):
+    """Images with labels, each replaced by ``null`` with probability ``drop`` (by torch's
+    generator, which training sets for every record)."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor, drop: float, null: int) -> None:
+        self.pixels, self.labels, self.drop = pixels, labels, drop
+        self.null = torch.tensor(null)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        dropped = self.drop > 0 and float(torch.rand(())) < self.drop
+        return self.pixels[index], self.null if dropped else self.labels[index]
+
+
+class Images(Domain[Picture]):
+    """Items are uint8 arrays, [height, width] or [height, width, 3]; the model sees
+    [channels, height, width] scaled to [-1, 1].
+
+    Args:
+        data: 'digits' (1,797 grey images of 8 x 8 pixels, ten classes) or the path of an .npz file
+            with ``images`` uint8 [n, height, width(, 3)] and, optionally, ``labels`` [n].
+        validation: share of the images kept for validation, every 1/validation-th.
+        drop_label: how often training replaces the label by 'any class'.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is not there or holds something else.
+    """
+
+    name: ClassVar[str] = "images"
+
+    def __init__(
+        self, data: str = "digits", validation: float = 0.1, drop_label: float = 0.1
+    ) -> None:
+        if not 0 < validation < 1 or not 0 <= drop_label <= 1:
+            raise ValueError("images: needs 0 < validation < 1 and 0 <= drop_label <= 1.")
+        self.data, self.validation, self.drop_label = data, validation, drop_label
+        self._statistics: dict[str, Any] | None = None
+
+    # -- constants ----------------------------------------------------------------------------
+
+    def statistics(self) -> dict[str, Any]:
+        if self._statistics is None:
+            images, labels = self._arrays
+            counts = [] if labels is None else np.bincount(labels).tolist()
+            height, width, *rest = images.shape[1:]
+            shape = [rest[0] if rest else 1, height, width]
+            self._statistics = {"domain": self.name, "shape": shape, "class_counts": counts}
+        return self._statistics
+
+    def restore(self, statistics: Mapping[str, Any]) -> None:
+        if statistics.get("domain") != self.name:
+            raise ValueError(
+                f"the checkpoint is of domain {statistics.get('domain')}, not images."
+            )
+        self._statistics = dict(statistics)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        channels, height, width = self.statistics()["shape"]
+        return channels, height, width
+
+    @property
+    def classes(self) -> int:
+        """Number of classes; 0 without labels."""
+        return len(self.statistics()["class_counts"])
+
+    # -- data ---------------------------------------------------------------------------------
+
+    @cached_property
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray | None]:
+        if self.data == "digits":
+            from sklearn.datasets import load_digits  # slow to import
+
+            images, labels = load_digits(return_X_y=True)
+            grey = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+            return grey, labels.astype(np.int64)
+        path = Path(self.data)
+        if not path.exists():
+            raise FileNotFoundError(f"images, data: no file {path}; give 'digits' or an .npz.")
+        with np.load(path, allow_pickle=False) as arrays:
+            images = arrays.get("images")
+            labels = arrays.get("labels")
+        if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4):
+            raise ValueError(
+                f"{path}: needs an array 'images', uint8 [n, height, width] or [..., 3]."
+            )
+        return images, None if labels is None else labels.astype(np.int64)
+
+    @cached_property
+    def _held_out(self) -> np.ndarray:
+        return np.arange(len(self._arrays[0])) % round(1 / self.validation) == 0
+
+    def datasets(self) -> tuple[Dataset[Any], Dataset[Any]]:
+        images, labels = self._arrays
+        held = torch.from_numpy(self._held_out)
+        pixels = self.encode(images)
+        if labels is None:
+            return TensorDataset(pixels[~held]), TensorDataset(pixels[held])
+        kinds, drop = torch.from_numpy(labels), self.drop_label
+        train = Labelled(pixels[~held], kinds[~held], drop, self.classes)
+        return train, Labelled(pixels[held], kinds[held], 0.0, self.classes)
+
+    def encode(self, images: np.ndarray) -> Tensor:
+        """Items [n, height, width(, 3)] -> model units, float32 [n, channels, height, width]."""
+        pixels = torch.from_numpy(images.astype(np.float32)) / 127.5 - 1.0
+        return pixels[:, None] if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+
+    def collate(self, records: Sequence[Any]) -> Batch:
+        columns = [torch.stack(column) for column in zip(*records, strict=True)]
+        cond = {"label": columns[1]} if len(columns) > 1 else {}
+        return Batch({"x": columns[0]}, cond=cond)
+
+    def null_condition(self) -> dict[str, Tensor]:
+        return {"label": torch.tensor([self.classes])} if self.classes else {}
+
+    # -- samples ------------------------------------------------------------------------------
+
+    def template(self, seed: int, indices: Sequence[int], **request: Any) -> Batch:
+        """``label``: a class, or 'any' for the model without condition; by default every sample
+        draws its own class with the frequency that it has in the data."""
+        reject_unknown("images, request", request, ("label",))
+        state = {"x": torch.zeros(len(indices), *self.shape)}
+        if not self.classes:
+            if request.get("label") is not None:
+                raise ValueError("images, request: label is given, but the data have no classes.")
+            return Batch(state)
+        labels = [self._label(request.get("label"), seed, i) for i in indices]
+        return Batch(state, cond={"label": torch.tensor(labels, dtype=torch.long)})
+
+    def _label(self, label: Any, seed: int, index: int) -> int:
+        if label == "any":
+            return self.classes
+        if label is None:
+            counts = np.array(self.statistics()["class_counts"], dtype=np.float64)
+            draw = stream(seed, index, "template", 0).random()
+            return int(np.searchsorted(counts.cumsum() / counts.sum(), draw, side="right"))
+        if not isinstance(label, int) or not 0 <= label < self.classes:
+            raise ValueError(
+                f"images, request: label={label} is not a class; give 0 to {self.classes - 1} or "
+                "'any'."
+            )
+        return label
+
+    def decode(self, state: State, mask: Tensor | None) -> list[Picture | Invalid]:
+        pixels = ((state["x"].detach().float() + 1.0) * 127.5).permute(0, 2, 3, 1)
+        good = torch.isfinite(pixels).flatten(1).all(1)
+        whole = pixels.nan_to_num().round().clamp(0, 255).to(torch.uint8).numpy()
+        if self.shape[0] == 1:
+            whole = whole[..., 0]
+        return [
+            picture if fine else Invalid(str(i), "pixels that are not finite")
+            for i, (picture, fine) in enumerate(zip(whole, good.tolist(), strict=True))
+        ]
+
+    # -- files --------------------------------------------------------------------------------
+
+    @property
+    def suffix(self) -> str:
+        return ".npy"
+
+    def read(self, path: Path) -> Iterator[Picture | Invalid]:
+        return files.read(path, self.shape[1:])
+
+    def write(self, path: Path, items: Iterable[Picture]) -> None:
+        files.write(path, list(items), self.shape[1:])
+
+    # -- judging ------------------------------------------------------------------------------
+
+    def metrics(
+        self, items: Sequence[Picture | Invalid], reference: Sequence[Picture] | None = None
+    ) -> dict[str, Estimate]:
+        """Share of valid images, and the Frechet distance between Gaussians fitted to the first
+        principal components of the training images (32, or fewer); the reference is the training
+        split unless given. It falls with more samples: compare at equal n only."""
+        pictures = [item for item in items if not isinstance(item, Invalid)]
+        out = {"valid": proportion(len(pictures), len(items))}
+        if len(pictures) < 2:
+            return out
+        mean, axes = self._components
+        truth = self._arrays[0][~self._held_out] if reference is None else np.stack(reference)
+        centre = (self._flat(truth) - mean) @ axes
+        points = (self._flat(np.stack(pictures)) - mean) @ axes
+        out[f"frechet_pca{axes.shape[1]}"] = jackknife(
+            lambda p: frechet_distance(p, centre), points
+        )
+        return out
+
+    def _flat(self, images: np.ndarray) -> np.ndarray:
+        return self.encode(images).flatten(1).numpy().astype(np.float64)
+
+    @cached_property
+    def _components(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean [d] and principal axes [d, k] of the training split."""
+        train = self._flat(self._arrays[0][~self._held_out])
+        mean = train.mean(0)
+        _, _, axes = np.linalg.svd(train - mean, full_matrices=False)
+        return mean, axes[:32].T
+
+    def view(self, items: Sequence[Picture]) -> str:
+        """The first 100 images as one embedded PNG."""
+        if not len(items):
+            return "<p>No images.</p>"
+        zoom = max(1, 40 // max(self.shape[1:]))
+        data = files.png(np.stack(items[:100]), columns=min(len(items), 10), zoom=zoom)
+        text = base64.b64encode(data).decode()
+        return f'<img alt="{min(len(items), 100)} images" src="data:image/png;base64,{text}">'
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """|m_a - m_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of Gaussians fitted to samples [n, d] and
+    [m, d] (Dowson & Landau 1982)."""
+    gap = a.mean(0) - b.mean(0)
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    cov_a, cov_b = np.atleast_2d(cov_a), np.atleast_2d(cov_b)
+    values, vectors = np.linalg.eigh(cov_a)
+    root = (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(min=0.0)).sum()
+    return float(gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2.0 * cross)
