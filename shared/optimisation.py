@@ -124,11 +124,12 @@ class ConstantClipping(Clipping):
 
 
 class QueueClipping(Clipping):
-    """At most 1.5 mean + 2 standard deviations of the last ``length`` norms, which start at
-    ``start`` (Hoogeboom et al. 2022, Appendix C and the authors' code)."""
+    """At most 1.5 mean + 2 standard deviations of the last ``length`` norms, of which ``start``
+    is the first (the rule of the authors' code of Hoogeboom et al. 2022)."""
 
     def __init__(self, length: int = 50, start: float = 3000.0) -> None:
-        self.queue = torch.full((length,), start, dtype=torch.float64)
+        self.length = length
+        self.queue = torch.tensor([start], dtype=torch.float64)
 
     def bound(self, norm: Tensor) -> Tensor:
         self.queue = self.queue.to(norm.device)
@@ -137,7 +138,7 @@ class QueueClipping(Clipping):
     def observe(self, norm: Tensor) -> None:
         # a gradient that is not finite (float16 at too large a scale) must not stay in the queue
         norm = torch.where(norm.isfinite(), norm.to(self.queue), self.queue[0])
-        self.queue = torch.cat([norm[None], self.queue[:-1]])
+        self.queue = torch.cat([norm[None], self.queue])[: self.length]
 
     def state_dict(self) -> dict[str, Any]:
         return {"queue": self.queue.cpu()}
