@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from shared.denoisers import Condition, Denoise, Denoiser, Prediction
 from shared.domains import Batch
 from shared.process import Process, State
-from shared.randomness import Draws
-from shared.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -51,13 +49,12 @@ class Gamma:
         """Linear between the table's times, constant beyond them."""
         return float(np.interp(t, self.times, self.values))
 
-    def x0_variance(self, schedule: Schedule, t: float, cap: float = math.inf) -> float:
-        """Mean Var[x0 | x_t] per degree of freedom, sigma^2/alpha^2 (1 - Gamma) cut to [0, cap]
-        (Analytic-DPM, Eq. 8). Where alpha = 0 the state says nothing of x0: ``cap``."""
-        noise_to_signal = math.exp(-2.0 * float(schedule.log_snr(t)))
-        if math.isinf(noise_to_signal):
+    def x0_variance(self, t: float, alpha: float, sigma: float, cap: float = math.inf) -> float:
+        """Mean Var[x0 | x_t] per degree of freedom, sigma^2/alpha^2 (1 - Gamma(t)) cut to
+        [0, cap] (Analytic-DPM, Eq. 8). Where alpha = 0 the state says nothing of x0: ``cap``."""
+        if alpha == 0.0:
             return cap
-        return min(max(noise_to_signal * (1.0 - self(t)), 0.0), cap)
+        return min(max((sigma / alpha) ** 2 * (1.0 - self(t)), 0.0), cap)
 
 
 @torch.no_grad()
@@ -71,8 +68,7 @@ def estimate_gamma(
     """Gamma of every field, once over ``batches`` at each of ``times``.
 
     One pass costs len(times) evaluations per batch; a few thousand samples do (Analytic-DPM,
-    Appendix H). The times of the sampler's own grid need no interpolation later. The noise of a
-    sample depends on its place in the data and on ``seed``, not on the batches.
+    Appendix H). The times of the sampler's own grid need no interpolation later.
 
     Raises:
         ValueError: no data or no times.
@@ -80,17 +76,16 @@ def estimate_gamma(
     times = sorted(times)
     square = {name: np.zeros(len(times)) for name in process.fields}
     count = dict.fromkeys(process.fields, 0.0)
-    seen = 0
+    generator = torch.Generator().manual_seed(seed)
     for batch in batches:
-        draws = Draws(seed, range(seen, seen + len(batch)))
-        seen += len(batch)
         for name, x0 in batch.state.items():
             count[name] += float(process.fields[name].geometry.dim(x0, batch.mask).sum())
         for i, t in enumerate(times):
-            noise = {
-                name: draws.normal(name, i, x0, process.fields[name].geometry, batch.mask)
+            white = {
+                name: torch.randn(x0.shape, generator=generator).to(x0)
                 for name, x0 in batch.state.items()
             }
+            noise = process.noise(white, batch.mask)
             at = torch.full((len(batch),), t, dtype=torch.float64)
             x = process.perturb(batch.state, at, noise)
             for name, prediction in denoise(x, t, batch.mask, batch.cond or None).items():

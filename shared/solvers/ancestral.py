@@ -16,6 +16,8 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from shared.schedules import Schedule
 from shared.solvers.base import PlanSolver
 from shared.solvers.plan import Form, LinearVariance, LogVariance, Tape
@@ -49,15 +51,12 @@ class Transition:
 
 def transitions(schedule: Schedule, times: Sequence[float]) -> Iterator[Transition]:
     """The steps of a time grid, in order."""
-    knots = []
-    for t in times:
-        log_snr = float(schedule.log_snr(t))
-        knots.append((float(t), float(schedule.alpha(t)), float(schedule.sigma(t)), log_snr))
-    for (t, alpha_t, sigma_t, noisy), (s, alpha_s, sigma_s, clean) in zip(
-        knots, knots[1:], strict=False
-    ):
-        share = -math.expm1(2.0 * (noisy - clean))
-        yield Transition(t, s, alpha_t, sigma_t, alpha_s, sigma_s, share)
+    t = torch.tensor(list(times), dtype=torch.float64)
+    share = -torch.expm1(2.0 * (schedule.log_snr(t)[:-1] - schedule.log_snr(t)[1:]))
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    columns = (t[:-1], t[1:], alpha[:-1], sigma[:-1], alpha[1:], sigma[1:], share)
+    for row in zip(*(column.tolist() for column in columns), strict=True):
+        yield Transition(*row)
 
 
 @dataclass(frozen=True)
@@ -113,16 +112,16 @@ class _Ancestral(PlanSolver):
                     log_small, log_large = math.log(step.posterior), math.log(step.forward)
                     mean += tape.learned_noise(LogVariance(row, log_small, log_large))
                 else:
-                    variance = small + carried**2 * self._covariance(schedule, step.t)
+                    variance = small + carried**2 * self._covariance(step)
                     mean += math.sqrt(min(variance, cap)) * tape.draw()
             x = tape.step(mean, step.s)
 
-    def _covariance(self, schedule: Schedule, t: float) -> float:
+    def _covariance(self, step: Transition) -> float:
         """Var[x0 | x_t] of the table, 0 without one."""
         if isinstance(self.variance, Mapping):
             raise ValueError("variance: tables per field need for_field before plan.")
         if isinstance(self.variance, Gamma):
-            return self.variance.x0_variance(schedule, t, self.cov_max)
+            return self.variance.x0_variance(step.t, step.alpha_t, step.sigma_t, self.cov_max)
         return 0.0
 
 
