@@ -11,7 +11,7 @@ from shared.denoisers import Head, KarrasPreconditioned
 from shared.geometry import CentredPoints, Points
 from shared.losses import Native, NormalLogSNR
 from shared.process import Field, Process
-from shared.schedules import Polynomial, Schedule
+from shared.schedules import Polynomial, Schedule, VariancePreserving
 
 POSITION_STD = 1.398
 """Standard deviation of a centred coordinate over QM9, Angstrom."""
@@ -20,8 +20,11 @@ POSITION_STD = 1.398
 def molecule_process(schedule: Schedule | None = None, *, charges: bool = False) -> Process:
     """Positions, types and optionally charges under one schedule, EDM's polynomial by default."""
     schedule = schedule or Polynomial()
-    fields = {"positions": Field(schedule, CentredPoints()), "types": Field(schedule, Points())}
-    return Process(fields | ({"charges": Field(schedule, Points())} if charges else {}))
+    # samplers of variance-preserving molecules start from unit normals, as published
+    std = 1.0 if isinstance(schedule, VariancePreserving) else None
+    names = ["positions", "types", *(["charges"] if charges else [])]
+    geometries = {"positions": CentredPoints()}
+    return Process({name: Field(schedule, geometries.get(name, Points()), std) for name in names})
 
 
 def karras_heads(
