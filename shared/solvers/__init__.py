@@ -16,6 +16,12 @@ from shared.solvers.karras import LMS as LMS
 from shared.solvers.karras import DPMpp2SAncestral as DPMpp2SAncestral
 from shared.solvers.karras import Euler as Euler
 from shared.solvers.karras import Heun as Heun
+from shared.solvers.langevin import AncestralSDE as AncestralSDE
+from shared.solvers.langevin import EulerMaruyama as EulerMaruyama
+from shared.solvers.langevin import Langevin as Langevin
+from shared.solvers.langevin import PredictorCorrector as PredictorCorrector
+from shared.solvers.langevin import ReverseDiffusion as ReverseDiffusion
+from shared.solvers.langevin import ScoreSDETimes as ScoreSDETimes
 from shared.solvers.search import FastDPMTimes as FastDPMTimes
 from shared.solvers.search import LeastCostTimes as LeastCostTimes
 from shared.solvers.search import TableTimes as TableTimes
