@@ -93,7 +93,7 @@ class Batches(Dataset[NoisyBatch]):
     def __getitem__(self, number: int) -> NoisyBatch:
         rows = self.share.slice(self.size)
         samples = [number * self.size + row for row in rows]
-        batch = self.domain.collate([self._record(sample) for sample in samples])
+        batch = self.domain.collate(self._read(number, rows))
         draws = Draws(self.seed, samples)
         noise = {
             n: draws.normal(f"{self.name}/{n}", 0, batch.state[n], geometry, batch.mask)
@@ -101,13 +101,20 @@ class Batches(Dataset[NoisyBatch]):
         }
         return NoisyBatch(batch, noise, self._strata(number)[rows.start : rows.stop])
 
-    def _record(self, sample: int) -> Any:
-        turn, place = divmod(sample, self.count)
-        index = _order(self.seed, turn, self.count)[place] if self.shuffle else place
+    def _read(self, number: int, rows: range) -> list[Any]:
+        seeds = stream(self.seed, number, f"{self.name}/records", 0).integers(
+            2**62, size=self.size
+        )
+        records = []
         with torch.random.fork_rng(devices=[]):
-            own = stream(self.seed, sample, f"{self.name}/record", 0)
-            torch.default_generator.manual_seed(int(own.integers(2**62)))
-            return self.records[int(index)]
+            for row in rows:
+                torch.default_generator.manual_seed(int(seeds[row]))
+                records.append(self.records[self._index(number * self.size + row)])
+        return records
+
+    def _index(self, sample: int) -> int:
+        turn, place = divmod(sample, self.count)
+        return int(_order(self.seed, turn, self.count)[place]) if self.shuffle else place
 
     def _strata(self, number: int) -> Tensor:
         """(i + v) / size in random order with one v (Kingma et al. 2021, Appendix I.1)."""

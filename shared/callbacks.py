@@ -23,8 +23,8 @@ Score = Callable[[Denoiser, int], Mapping[str, float]]
 
 
 class Signals:
-    """Turns SIGTERM and Ctrl-C into a note that training looks at between two steps; a second
-    one acts at once."""
+    """A context that turns SIGTERM and Ctrl-C into a note that training looks at between two
+    steps; a second one acts at once. The handlers from before return at the end."""
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
@@ -32,22 +32,24 @@ class Signals:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():  # Python allows no other
+            self._before = {number: signal.getsignal(number) for number in self.NUMBERS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
     def catch(self) -> None:
-        """Take over; only the main thread of a program may."""
-        if threading.current_thread() is threading.main_thread():
-            for number in self.NUMBERS:
-                self._before[number] = signal.signal(number, self._note)
+        """Take over."""
+        for number in self._before:
+            signal.signal(number, self._note)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = number
         once_more = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, once_more)
-
-    def release(self) -> None:
-        """Hand back to the handlers from before."""
-        while self._before:
-            number, handler = self._before.popitem()
-            signal.signal(number, handler)
 
 
 class Keeper(lightning.Callback):
@@ -79,9 +81,6 @@ class Keeper(lightning.Callback):
         # after Lightning's own handlers, which broadcast from inside a handler: that message
         # can meet the all-reduce of a gradient
         self.signals.catch()
-
-    def teardown(self, trainer: lightning.Trainer, module: Any, stage: str) -> None:
-        self.signals.release()
 
     def on_exception(self, trainer: lightning.Trainer, module: Any, error: BaseException) -> None:
         if self.run.writes:

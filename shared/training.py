@@ -295,7 +295,7 @@ def fit(
         run.rewind(0)
     if module.step < trainer.max_steps:
         denoiser.train()
-        with _quiet():
+        with _quiet(), keeper.signals:
             _lightning_trainer(trainer, module, keeper, run).fit(module)
         keeper.leave()
     if module.step < trainer.max_steps:  # Lightning trained in processes of its own
