@@ -55,7 +55,7 @@ class Prediction:
         """x0_hat before any correction."""
         if self._x0 is None:
             assert self._eps is not None
-            self._x0 = _combine(self.x, -self.sigma, self._eps) / self.alpha
+            self._x0 = _combine(self.x, -self.sigma, self._eps).div_(self.alpha)
         return self._x0
 
     @property
@@ -68,7 +68,7 @@ class Prediction:
         """eps_hat = (x - alpha x0_hat) / sigma, raw."""
         if self._eps is None:
             assert self._x0 is not None
-            self._eps = _combine(self.x, -self.alpha, self._x0) / self.sigma
+            self._eps = _combine(self.x, -self.alpha, self._x0).div_(self.sigma)
         return self._eps
 
     @property
@@ -86,6 +86,18 @@ class Prediction:
                 )
             return self.var
         return self.x0 if kind == "x0" else self.eps
+
+    def weighted(self, x0: float, eps: float) -> list[tuple[Scale, Tensor]]:
+        """x0 * x0_hat + eps * eps_hat as a sum of (coefficient, array). A form that was not given
+        is not made for it: without a correction it is a combination of x_t and the other."""
+        plain = self._correct is None and not isinstance(self.alpha, Tensor)
+        if plain and x0 and self._x0 is None and self.alpha:
+            ratio = x0 / self.alpha
+            return [(ratio, self.x), (eps - ratio * self.sigma, self.eps)]
+        if plain and eps and self._eps is None and self.sigma:
+            ratio = eps / self.sigma
+            return [(ratio, self.x), (x0 - ratio * self.alpha, self.x0)]
+        return [(c, self.form(kind)) for kind, c in (("x0", x0), ("eps", eps)) if c]
 
     def corrected(self, correct: Correction) -> Prediction:
         """The same prediction with a correction of x0 (after any earlier one)."""

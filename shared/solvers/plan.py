@@ -15,7 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -120,6 +120,11 @@ class Plan:
             last |= {("x0", k): i for k in row.x0} | {("eps", k): i for k in row.eps}
             last |= {("var", s.row): i for s in row.z.values() if isinstance(s, LearnedStd)}
         return last
+
+    def keeps(self, kind: str, i: int) -> bool:
+        """Whether this form of row i's prediction must be stored: a later row reads it, or it
+        is a variance."""
+        return self.last_use.get((kind, i), -1) > (i - 1 if kind == "var" else i)
 
     @cached_property
     def memory(self) -> int:
@@ -324,24 +329,28 @@ def run(
     states: dict[int, State] = {0: x}
     stored: dict[tuple[str, int], dict[str, Tensor]] = {}
     for i, row in enumerate(lead.rows):
+        fresh: Mapping[str, Prediction] = {}
         if row.at is not None:
-            predictions = denoise(states[i], row.at)
-            for kind in ("x0", "eps", "var"):
-                users = [name for name, plan in plans.items() if (kind, i) in plan.last_use]
-                if users:
-                    stored[kind, i] = {name: predictions[name].form(kind) for name in users}
-            rows = None if resample is None else resample(predictions, row.at)
+            fresh = denoise(states[i], row.at)
+            rows = None if resample is None else resample(fresh, row.at)
             if rows is not None:
                 states = {k: _take(v, rows) for k, v in states.items()}
                 stored = {k: _take(v, rows) for k, v in stored.items()}
+                fresh = {k: v.map(partial(_rows, rows=rows)) for k, v in fresh.items()}
+            for kind in ("x0", "eps", "var"):
+                later = {n: fresh[n].form(kind) for n, p in plans.items() if p.keeps(kind, i)}
+                if later:
+                    stored[kind, i] = later
         new = {
-            name: _apply(plan.rows[i], name, states, stored, draw) for name, plan in plans.items()
+            name: _apply(plan.rows[i], name, states, stored, fresh, draw)
+            for name, plan in plans.items()
         }
         if project is not None:
             new = {name: project(name, y) for name, y in new.items()}
         if after is not None:
             new = after(new, row.time)
-        _check_finite(new, row, i)
+        if i % 8 == 0 or i + 1 == len(lead.rows):  # every row would cost a pass over the state
+            _check_finite(new, row, i)
         states[i + 1] = new
         for key in [k for k in stored if all(p.last_use.get(k, -1) <= i for p in plans.values())]:
             del stored[key]
@@ -355,6 +364,10 @@ def run(
     return states[len(lead.rows)]
 
 
+def _rows(value: Tensor, rows: Tensor) -> Tensor:
+    return value[rows]
+
+
 def _take(values: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
     return {name: value[rows] for name, value in values.items()}
 
@@ -364,22 +377,41 @@ def _apply(
     name: str,
     states: Mapping[int, State],
     stored: Mapping[tuple[str, int], Mapping[str, Tensor]],
+    fresh: Mapping[str, Prediction],
     draw: Draw,
 ) -> Tensor:
-    y = (
-        torch.zeros_like(next(iter(states.values()))[name])
-        if row.base is None
-        else states[row.base][name] * _as(row.a, states[row.base][name])
-    )
+    terms = [] if row.base is None else [(row.a, states[row.base][name])]
+    now = {"x0": 0.0, "eps": 0.0}
     for kind, coefs in (("x0", row.x0), ("eps", row.eps)):
         for k, coef in coefs.items():
-            y = _add_scaled(y, stored[kind, k][name], coef)
+            if name in stored.get((kind, k), {}):
+                terms.append((coef, stored[kind, k][name]))
+            elif isinstance(coef, Tensor):
+                terms.append((coef, fresh[name].form(kind)))
+            else:
+                now[kind] = coef
+    if any(now.values()):
+        terms += fresh[name].weighted(**now)
+    y = _sum(terms) if terms else torch.zeros_like(next(iter(states.values()))[name])
     for j, std in row.z.items():
         if isinstance(std, LearnedStd):
             y = y.addcmul_(std.std(stored["var", std.row][name]), draw(name, j))
         else:
             y = _add_scaled(y, draw(name, j), std)
     return y if row.const is None else y.add_(_as(row.const, y))
+
+
+def _sum(terms: list[tuple[Coef, Tensor]]) -> Tensor:
+    """The weighted sum as a new array, in one pass for each array that occurs."""
+    totals: dict[int, tuple[Coef, Tensor]] = {}
+    for coef, value in terms:
+        before = totals[id(value)][0] if id(value) in totals else 0.0
+        totals[id(value)] = before + coef, value
+    (coef, first), *rest = totals.values()
+    y = first * _as(coef, first)
+    for coef, value in rest:
+        y = _add_scaled(y, value, coef)
+    return y
 
 
 def _as(coef: Coef, like: Tensor) -> Coef:
@@ -408,7 +440,7 @@ def _check_finite(state: State, row: Stage, i: int) -> None:
         if not math.isfinite(float(y.detach().sum())):
             bad = (~torch.isfinite(y.detach()).flatten(1).all(1)).nonzero().flatten().tolist()
             raise FloatingPointError(
-                f"sampling: field '{name}' became NaN or infinite in step {i} (t={row.at}) for "
+                f"sampling: field '{name}' is NaN or infinite by step {i} (t={row.at}) for "
                 f"{len(bad)} of {len(y)} samples (first: {bad[:5]}). The denoiser's output is not "
                 "finite there: check the checkpoint, the precision and the guidance scale."
             )
