@@ -177,6 +177,9 @@ class VPDiscrete(VariancePreserving):
         object.__setattr__(self, "t_min", t_min)
         object.__setattr__(self, "t_max", float(t[keep - 1]))
 
+    def __hash__(self) -> int:  # cheap, because caches ask for it at every evaluation
+        return hash((len(self.betas), self.betas[0], self.betas[-1], self.min_log_snr))
+
     @classmethod
     def linear(cls, steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> VPDiscrete:
         """The linear table of DDPM (Ho et al. 2020)."""
