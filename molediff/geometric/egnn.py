@@ -105,19 +105,15 @@ class EGNN(nn.Module):
             ValueError: the context is missing or has another width.
         """
         x = start = inputs["positions"]
-        nodes = [inputs[name] for name in self.features] + [_per_node(code[:, None], x)]
-        if self.context:
-            nodes.append(_per_node(_context(cond, self.context), x))
-        h = self.embedding(torch.cat(nodes, -1))
+        h = self.embedding(node_inputs(inputs, self.features, code, cond, self.context))
         first = Pairs.of(x, mask, self.options)
         pairs = first
         for k, block in enumerate(self.blocks):
             pairs = first if k == 0 else Pairs.of(x, mask, self.options)
             h, x = block(h, x, pairs.beside(first))
-        out = _masked(self.readout(h), mask)
-        invariant = dict(
-            zip(self.features, out.split(list(self.features.values()), -1), strict=True)
-        )
+        out = masked(self.readout(h), mask)
+        parts = torch.split(out, list(self.features.values()), -1)
+        invariant = dict(zip(self.features, parts, strict=True))
         return {"positions": CentredPoints().project(x - start, mask), **invariant}
 
 
@@ -167,14 +163,13 @@ class InvariantEGNN(nn.Module):
                 f"{'without' if code is None else 'with'} one."
             )
         x = inputs["positions"]
-        nodes = [inputs[name] for name in self.features]
-        nodes += [] if code is None else [_per_node(code[:, None], x)]
-        h = self.embedding(torch.cat(nodes, -1))
+        h = self.embedding(node_inputs(inputs, self.features, code))
         pairs = Pairs.of(x, mask, self.options)
         pairs = pairs.beside(pairs) if self.repeated else pairs
         for layer in self.layers:
             h = layer(h, pairs)
-        return self.molecule(_masked(self.node(h), mask).sum(1))
+        out: Tensor = self.molecule(masked(self.node(h), mask).sum(1))
+        return out
 
 
 class EGNNBlock(nn.Module):
@@ -208,9 +203,8 @@ class EdgeNetwork(nn.Module):
         self, h: Tensor, pairs: Pairs, reduce: Callable[[Tensor, Block], Tensor], size: int
     ) -> Tensor:
         """``reduce(hidden [b', i', n, width], block)`` -> [b', i', size], over all blocks."""
-        centre, neighbour, scalar = self.first.weight.split(
-            [self.width, self.width, pairs.scalars.shape[-1]], 1
-        )
+        sizes = [self.width, self.width, pairs.scalars.shape[-1]]
+        centre, neighbour, scalar = torch.split(self.first.weight, sizes, 1)
         a, c = F.linear(h, centre, self.first.bias), F.linear(h, neighbour)
         if torch.is_grad_enabled():
             whole = slice(None), slice(None)
@@ -225,7 +219,7 @@ class EdgeNetwork(nn.Module):
         inplace = not torch.is_grad_enabled()
         pair = a[:, :, None] + c[:, None]
         flat = pair.view(-1, self.width)
-        flat = flat.addmm_(scalars.reshape(-1, scalars.shape[-1]), weight.T)
+        flat = flat.addmm_(scalars.flatten(0, 2), weight.T)
         dtype = self.dtype or flat.dtype
         flat = F.silu(flat.to(dtype), inplace)
         flat = F.linear(flat, self.second.weight.to(dtype), self.second.bias.to(dtype))
@@ -244,7 +238,7 @@ class MessageLayer(nn.Module):
 
     def forward(self, h: Tensor, pairs: Pairs) -> Tensor:
         gathered = self.edge(h, pairs, lambda m, block: self._sum(m, pairs, block), h.shape[-1])
-        return _masked(h + self.node(torch.cat([h, gathered], -1)), pairs.mask)
+        return masked(h + self.node(torch.cat([h, gathered], -1)), pairs.mask)
 
     def _sum(self, messages: Tensor, pairs: Pairs, block: Block) -> Tensor:
         weights = pairs.weights[block].to(messages.dtype)
@@ -267,7 +261,7 @@ class StepLayer(nn.Module):
 
     def forward(self, h: Tensor, x: Tensor, pairs: Pairs) -> Tensor:
         moved = x + self.edge(h, pairs, lambda m, block: self._sum(m, pairs, block), 3)
-        return _masked(moved, pairs.mask)
+        return masked(moved, pairs.mask)
 
     def _sum(self, hidden: Tensor, pairs: Pairs, block: Block) -> Tensor:
         length = F.linear(hidden, self.length.weight.to(hidden.dtype)).squeeze(-1)
@@ -301,6 +295,10 @@ class Pairs:
         weights = weights / (n if options.aggregation == "mean" else options.normalization_factor)
         return cls(scalars, delta / (length + options.norm_constant), weights, mask)
 
+    def without_scalars(self) -> Pairs:
+        """These pairs, described by nothing."""
+        return replace(self, scalars=self.scalars[..., :0])
+
     def beside(self, first: Pairs) -> Pairs:
         """These pairs, their distances followed by those of ``first``."""
         return replace(self, scalars=torch.cat([self.scalars, first.scalars], -1))
@@ -325,7 +323,21 @@ def _blocks(h: Tensor, width: int) -> Iterator[Block]:
             yield slice(i, i + molecules), slice(k, k + min(n, atoms))
 
 
-def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+def node_inputs(
+    inputs: State,
+    features: Mapping[str, int],
+    code: Tensor | None,
+    cond: Mapping[str, Tensor] | None = None,
+    context: int = 0,
+) -> Tensor:
+    """[features, time, context] of every atom, in EDM's order, [batch, n, ...]."""
+    nodes, like = [inputs[name] for name in features], inputs["positions"]
+    nodes += [] if code is None else [_per_node(code[:, None], like)]
+    nodes += [_per_node(_context(cond, context), like)] if context else []
+    return torch.cat(nodes, -1)
+
+
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * expand_mask(mask, x).to(x.dtype)
 
 

@@ -92,9 +92,8 @@ class EquivariantTransformer(nn.Module):
         out = self.readout(self.norm(h))
         if mask is not None:
             out = out * expand_mask(mask, out).to(out.dtype)
-        invariant = dict(
-            zip(self.features, out.split(list(self.features.values()), -1), strict=True)
-        )
+        parts = torch.split(out, list(self.features.values()), -1)
+        invariant = dict(zip(self.features, parts, strict=True))
         moved = self.shift(v).squeeze(-1)
         return {"positions": CentredPoints().project(moved, mask), **invariant}
 
@@ -185,7 +184,8 @@ class Layer(nn.Module):
         vectors = unit.reshape(b, n, 3, self.heads, -1).transpose(2, 3).flatten(3)
         both = torch.cat([scalars, vectors], -1).transpose(1, 2)
         attended = (weights @ both).transpose(1, 2)
-        scalars, vectors = attended.split([width // self.heads, vectors.shape[-1]], -1)
+        sizes = [width // self.heads, vectors.shape[-1]]
+        scalars, vectors = torch.split(attended, sizes, -1)
         vectors = vectors.reshape(b, n, self.heads, 3, -1).transpose(2, 3).flatten(3)
         return scalars.flatten(2), vectors
 
