@@ -32,6 +32,7 @@ class OptimizerSettings:
     amsgrad: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
         if self.name not in OPTIMIZERS:
             raise ValueError(
                 f"trainer.optimizer: name '{self.name}' is not one of {', '.join(OPTIMIZERS)}."
@@ -40,11 +41,10 @@ class OptimizerSettings:
             raise ValueError(f"trainer.optimizer: lr must be positive, not {self.lr}.")
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        first, second = self.betas
         optimizer: torch.optim.Optimizer = OPTIMIZERS[self.name](
             [p for p in parameters if p.requires_grad],
             lr=self.lr,
-            betas=(first, second),
+            betas=self.betas,
             eps=self.eps,
             weight_decay=self.weight_decay,
             amsgrad=self.amsgrad,

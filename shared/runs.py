@@ -38,6 +38,8 @@ FREE = (
     "trainer.accelerator",
     "trainer.devices",
     "trainer.nodes",
+    "trainer.progress",
+    "trainer.strategy",
     "trainer.workers",
     "trainer.validation_batches",
     "logger*",

@@ -75,6 +75,7 @@ class TrainerSettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "keep_float32", tuple(self.keep_float32))
         for name in ("max_steps", "batch_size", "accumulate", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name} must be at least 1, not {getattr(self, name)}.")
@@ -284,7 +285,7 @@ def fit(
         Diverged: a loss or gradient is not finite; the last checkpoint stays.
         KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, once a checkpoint is saved.
     """
-    denoiser.precision = Precision(trainer.precision, tuple(trainer.keep_float32))
+    denoiser.precision = Precision(trainer.precision, trainer.keep_float32)
     module = DenoisingModule(denoiser, domain, trainer, seed)
     keeper = Keeper(run, score)
     if (run.checkpoints / "last" / checkpoints.MANIFEST).exists():

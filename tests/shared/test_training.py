@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from shared import checkpoints
+from shared import checkpoints, configuration
 from shared.analytic import AnalyticDenoiser, Mixture
 from shared.batches import Batches
 from shared.denoisers import Denoiser
@@ -290,3 +291,22 @@ def test_half_precision_trains(tmp_path):
 def test_wrong_settings_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         settings(**changes)
+
+
+@pytest.mark.parametrize("name", configuration.options("trainer"))
+def test_every_shipped_trainer_can_be_built(name):
+    built = configuration.choose("trainer", name)
+    assert isinstance(built, TrainerSettings)
+    expected = {"edm": ("queue", 0.9999), "gdss": (1.0, 0.999)}.get(name, (1.0, 0.999))
+    assert (built.clip, built.ema) == expected
+
+
+def test_the_default_trainer_file_offers_every_setting():
+    file = configuration.option("trainer", "default")
+    for node, target in (
+        (file, TrainerSettings),
+        (file.optimizer, OptimizerSettings),
+        (file.learning_rate, LearningRate),
+    ):
+        assert set(node) - {"_target_"} == {field.name for field in dataclasses.fields(target)}
+    assert configuration.build(file) == TrainerSettings()
