@@ -42,26 +42,23 @@ def test_untrained_network_predicts_nothing_but_what_preconditioning_knows():
 
 
 def test_a_few_steps_learn():
-    torch.manual_seed(0)
-    model = Denoiser(
-        EquivariantTransformer({"types": 5}, angstrom=1.398, **SMALL),
-        molecule_process(),
-        karras_heads(5),
-        times=fast_times(),
-    )
+    """Four noisy molecules are learnt by heart."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = EquivariantTransformer({"types": 5}, angstrom=1.398, **SMALL)
+    model = Denoiser(net, molecule_process(), karras_heads(5), times=fast_times())
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     x0, gen = molecules(), torch.Generator().manual_seed(1)
+    noise = model.process.noise({k: torch.randn(v.shape, generator=gen) for k, v in x0.items()})
+    times = model.times(model.process.lead, 4, gen)
     losses = []
-    for _ in range(60):
-        noise = model.process.noise(
-            {k: torch.randn(v.shape, generator=gen) for k, v in x0.items()}
-        )
-        loss = model.loss(x0, noise, model.times(model.process.lead, 4, gen)).mean()
+    for _ in range(40):
+        loss = model.loss(x0, noise, times).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
-    assert sum(losses[-10:]) < 0.75 * sum(losses[:10])
+    assert losses[-1] < 0.6 * losses[0]
 
 
 def test_free_properties_are_nan():
