@@ -38,12 +38,18 @@ class Frame:
     variable: str = "sigma"
 
     def unit(self, t: float) -> float:
-        return float(self.schedule.alpha(t)) if self.variable == "sigma" else 1.0
+        if self.variable == "time":
+            return 1.0
+        alpha = float(self.schedule.alpha(t))
+        if alpha == 0.0:
+            raise ValueError(
+                f"time grid: alpha = 0 at t = {t:.6g}, where sigma / alpha is infinite; start "
+                "later, or solve along the time (Euler and Heun: variable='time')."
+            )
+        return alpha
 
     def position(self, t: float) -> float:
-        if self.variable == "time":
-            return t
-        return float(self.schedule.sigma(t)) / float(self.schedule.alpha(t))
+        return t if self.variable == "time" else float(self.schedule.sigma(t)) / self.unit(t)
 
     def time(self, position: float) -> float:
         """The inverse of ``position``."""

@@ -191,7 +191,9 @@ class Langevin:
     ``rule`` sets e = 2 a (``snr`` r)^2, a = alpha_ts^2 of the predictor's step, with r =
     'sample': ||z|| / ||score|| of every sample (default); 'batch': the published ratio of the
     batch's mean norms, which makes a sample depend on its neighbours; 'annealed': sigma(t), no
-    norm at all (Song & Ermon 2019; Song et al. 2021b, Algorithms 4 and 5).
+    norm at all (Song & Ermon 2019; Song et al. 2021b, Algorithms 4 and 5). The ratio of a single
+    sample is random, which widens the law that many steps reach: by (1 + 2/dim)^2 in variance on
+    a Gaussian.
 
     Raises:
         ValueError: an unknown rule, or a signal-to-noise ratio or number of steps not positive.
