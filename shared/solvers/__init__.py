@@ -4,6 +4,7 @@ from shared.solvers.ancestral import DDIM as DDIM
 from shared.solvers.ancestral import DDPM as DDPM
 from shared.solvers.ancestral import DDIMInversion as DDIMInversion
 from shared.solvers.deis import DEIS as DEIS
+from shared.solvers.dpm_solver import DPMSolverAncestral as DPMSolverAncestral
 from shared.solvers.dpm_solver import DPMSolverMultistep as DPMSolverMultistep
 from shared.solvers.dpm_solver import DPMSolverSDE as DPMSolverSDE
 from shared.solvers.dpm_solver import DPMSolverSinglestep as DPMSolverSinglestep
@@ -25,4 +26,5 @@ from shared.solvers.langevin import ScoreSDETimes as ScoreSDETimes
 from shared.solvers.search import FastDPMTimes as FastDPMTimes
 from shared.solvers.search import LeastCostTimes as LeastCostTimes
 from shared.solvers.search import TableTimes as TableTimes
+from shared.solvers.splitting import SymmetricSplitting as SymmetricSplitting
 from shared.solvers.unipc import UniPC as UniPC
