@@ -81,7 +81,7 @@ def ego_graphs(
     """Ego graphs of ``low`` to ``high`` nodes in the largest component of a network. With the
     Citeseer citation network and these values: ego-small (You et al. 2018)."""
     largest = network.subgraph(max(nx.connected_components(network), key=len))
-    out = []
+    out: list[nx.Graph] = []
     for node in largest:
         ego = nx.Graph(nx.ego_graph(largest, node, radius=radius))
         ego.remove_edges_from(list(nx.selfloop_edges(ego)))

@@ -138,7 +138,9 @@ class Perceptron(nn.Module):
         return x
 
     def _linear(self, k: int, x: Tensor) -> Tensor:
-        return torch.addmm(self.linears[k].bias[:, None], self.linears[k].weight, x)
+        linear = self.linears[k]
+        assert isinstance(linear, nn.Linear)
+        return torch.addmm(linear.bias[:, None], linear.weight, x)
 
 
 def _glorot(*shape: int) -> nn.Parameter:
@@ -210,6 +212,7 @@ class AttentionLayer(nn.Module):
     def _mixed_values(self, heard: Tensor) -> Tensor:
         """The first linear map of ``mix_nodes`` on the values of all channels, [hidden, n b]."""
         linear = self.mix_nodes.linears[0]
+        assert isinstance(linear, nn.Linear)
         first = linear.weight.reshape(-1, len(self.value), self.outputs)  # [hidden, C, outputs]
         weight = torch.einsum("cfo,hco->hcf", self.value, first).flatten(1)
         bias = linear.bias + torch.einsum("co,hco->h", self.value_bias, first)
@@ -274,7 +277,8 @@ class NodeConvolutionNetwork(nn.Module):
         norm, seen = normalised(adjacency[None]), [x]
         for layer in self.layers:
             seen.append(torch.tanh(layer(seen[-1], norm)))
-        return self.final(torch.cat(seen).flatten(1)).reshape(x.shape) * pairs.mask
+        out: Tensor = self.final(torch.cat(seen).flatten(1))
+        return out.reshape(x.shape) * pairs.mask
 
 
 class NodeAttentionNetwork(nn.Module):
@@ -305,7 +309,8 @@ class NodeAttentionNetwork(nn.Module):
         for layer in self.layers:
             nodes, edges = layer(seen[-1], edges, pairs)
             seen.append(torch.tanh(nodes))
-        return self.final(torch.cat(seen).flatten(1)).reshape(x.shape) * pairs.mask
+        out: Tensor = self.final(torch.cat(seen).flatten(1))
+        return out.reshape(x.shape) * pairs.mask
 
 
 class EdgeNetwork(nn.Module):
@@ -391,7 +396,7 @@ class GraphScoreNetwork(nn.Module):
         size = max(LONG_ROW, CHUNK // x.shape[1] ** 2)
         if torch.is_grad_enabled() or x.device.type != "cpu" or len(x) <= size:
             return self._score(x, adjacency, mask)
-        parts = zip(x.split(size), adjacency.split(size), mask.split(size), strict=True)
+        parts = zip(*(torch.split(v, size) for v in (x, adjacency, mask)), strict=True)
         scores = [self._score(*part) for part in parts]
         return {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
 
