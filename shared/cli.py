@@ -85,8 +85,8 @@ class Program:
         target = str(config.get("_target_", ""))
         if not self._owns(target):
             raise ConfigurationError(
-                f"{self.name} has the domains {', '.join(self.domains)}; {target} belongs to "
-                "another command."
+                f"{target} belongs to another command; domains of {self.name}: "
+                f"{', '.join(self.domains) or 'none'}."
             )
 
 
@@ -158,8 +158,9 @@ def overrides(verb: str, words: Sequence[str], *, quote: bool = True) -> list[st
     out = []
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals and verb in POSITIONAL and not word.startswith("-"):
-            key, value = "path", word
+        bare = not equals and not word.startswith("-")
+        if verb in POSITIONAL and (bare or Path(word).exists()):
+            key, equals, value = "path", "=", word
         elif not equals and not key.startswith("~"):
             raise ConfigurationError(
                 f"'{word}' is not key=value; see {verb} --help"
@@ -171,7 +172,7 @@ def overrides(verb: str, words: Sequence[str], *, quote: bool = True) -> list[st
             key = f"++{key}"
         if quote and key in PATHS and value != "null" and value[:1] not in ("'", '"'):
             value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-        out.append(f"{key}={value}" if equals or key == "path" else word)
+        out.append(f"{key}={value}" if equals else word)
     return out
 
 

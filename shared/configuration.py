@@ -127,7 +127,8 @@ def explain(verb: str, overrides: Sequence[str], error: Exception) -> str:
     missing = re.search(r"You must specify '([\w/]+)'", str(error))
     if missing:
         group = missing.group(1)
-        return f"{verb}: '{group}' is missing; choose one: {', '.join(options(group))}"
+        text = f"{verb}: '{group}' is missing; choose {group}={'|'.join(options(group))}"
+        return f"{text} or experiment={'|'.join(options('experiment'))}"
     return " ".join(str(error).split())
 
 
@@ -238,7 +239,7 @@ def build(config: Any, /, **arguments: Any) -> Any:
     try:
         if not arguments:
             return instantiate(config, _convert_="all")
-        maker = instantiate(OmegaConf.merge(config, {"_partial_": True}), _convert_="all")
+        maker = instantiate(config, _partial_=True, _convert_="all")
         wanted = inspect.signature(maker.func).parameters.keys() - {str(k) for k in config}
         return maker(**{k: v for k, v in arguments.items() if k in wanted})
     except (InstantiationException, TypeError, ValueError) as error:

@@ -19,13 +19,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from shared import checkpoints, reports, training
+from shared import checkpoints, reports
 from shared.checkpoints import write_atomically
 from shared.cli import Program
 from shared.configuration import ConfigurationError, build, option, plain
 from shared.denoisers import Denoise, Denoiser
 from shared.domains import Domain, Invalid
-from shared.loggers import LoggedRun
 from shared.metrics import Estimate
 from shared.reports import Section
 from shared.runs import Run
@@ -84,6 +83,9 @@ def _now() -> str:
 def train(config: DictConfig, program: Program, progress: Progress | None = None) -> Outcome:
     """Train ``config.model`` on ``config.domain`` in the folder ``config.out``; again there: go
     on."""
+    from shared import training  # Lightning takes seconds to import; only this verb needs it
+    from shared.loggers import LoggedRun
+
     program.check_domain(config.domain)
     folder = Path(config.out or f"runs/{_now()}")
     with LoggedRun.create(folder, plain(config)) as run:
@@ -112,7 +114,7 @@ def sample(config: DictConfig, program: Program, progress: Progress | None = Non
         "statistics": model.checkpoint.statistics,
         "seed": seed,
         **plain(OmegaConf.masked_copy(config, ["n", "steps", "request"])),
-        **{key: config[key] and plain(config[key]) for key in ("solver", "grid", "guidance")},
+        **{key: plain(config[key] or {}) for key in ("solver", "grid", "guidance")},
     }
     device = _device(config.device)
     process = model.denoiser.process
@@ -166,6 +168,11 @@ def _device(name: str) -> torch.device:
 def _guided(config: Any, denoiser: Denoiser, domain: Domain[Any]) -> Denoise:
     null = domain.null_condition()
     guided = build(config, denoise=denoiser, process=denoiser.process, domain=domain, null=null)
+    if hasattr(guided, "null") and not guided.null:
+        raise ConfigurationError(
+            f"guidance: domain {domain.name} has no condition that can be left out; choose another "
+            "guidance."
+        )
     return denoiser if guided is None else guided
 
 
