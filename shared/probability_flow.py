@@ -113,13 +113,19 @@ class ProbabilityFlow:
 
         Raises:
             ValueError: random probes without draws.
+            FloatingPointError: the denoiser is not finite somewhere on the way.
         """
         probes = list(self._probes(x, draws, mask))
-        names = list(x)
+        names, (first, last) = list(x), self.ends
 
         def rates(t: Tensor, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             state = {n: v.to(x[n].dtype) for n, v in zip(names, values[:-1], strict=True)}
-            velocity, divergence = self._rates(state, float(t), probes, mask, cond)
+            velocity, divergence = self._rates(state, min(float(t), last), probes, mask, cond)
+            if not bool(torch.isfinite(divergence).all()):
+                raise FloatingPointError(
+                    f"ProbabilityFlow: the denoiser is NaN or infinite at t={float(t):.6g}; check "
+                    "the checkpoint, t_end and the precision."
+                )
             return (*(velocity[name] for name in names), divergence)
 
         start = torch.zeros(len(x[names[0]]), dtype=torch.float64, device=x[names[0]].device)
@@ -127,7 +133,7 @@ class ProbabilityFlow:
             end = odeint(
                 rates,
                 (*(x[name] for name in names), start),
-                torch.tensor(self.ends, dtype=torch.float64, device=x[names[0]].device),
+                torch.tensor([first, last], dtype=torch.float64, device=x[names[0]].device),
                 rtol=self.rtol,
                 atol=self.atol,
                 method=self.method,
@@ -142,7 +148,8 @@ class ProbabilityFlow:
         first, last = self.ends
         if self.method in ("euler", "midpoint", "rk4", "heun2", "heun3"):
             return {"step_size": (last - first) / self.steps}
-        return {"norm": _worst_sample}
+        # the last step ends on the last time: schedules are not defined beyond
+        return {"norm": _worst_sample, "step_t": torch.tensor([last], dtype=torch.float64)}
 
     def _rates(
         self,
