@@ -84,7 +84,7 @@ class Molecule:
         self._set("atomic_numbers", numbers.astype(np.uint8))
         for key, low, high in (("charges", -9, 9), ("hydrogens", 0, 9)):
             given = np.asarray(getattr(self, key))
-            values = _integers(key, given if given.size else np.zeros(n), (n,), low, high)
+            values = _integers(key, given if given.size else np.zeros(n, np.int8), (n,), low, high)
             self._set(key, values.astype(np.int8))
         if self.positions is not None:
             self._set("positions", _coordinates(self.positions, n))
@@ -217,9 +217,7 @@ class Molecule:
         """
         if self.bonds is None:
             raise ValueError("the bonds are unknown: perceive them with molediff.bonds.perceive")
-        mol = self.to_rdkit()
-        with rdBase.BlockLogs():
-            return Chem.MolToSmiles(Chem.RemoveHs(mol, sanitize=False), isomericSmiles=False)
+        return canonical_smiles(self.to_rdkit())
 
     def _with_bonds_of(self, mol: Chem.Mol) -> Molecule:
         other = Molecule.from_rdkit(mol)
@@ -239,6 +237,12 @@ def sanitized(mol: Chem.Mol) -> Chem.Mol:
     except ValueError as error:
         raise ValueError(first_line(error)) from None
     return mol
+
+
+def canonical_smiles(mol: Chem.Mol) -> str:
+    """SMILES of a sanitised molecule without stereo marks, hydrogens folded into their atoms."""
+    with rdBase.BlockLogs():
+        return Chem.MolToSmiles(Chem.RemoveHs(mol, sanitize=False), isomericSmiles=False)
 
 
 def first_line(error: Exception) -> str:
@@ -261,10 +265,12 @@ def _integers(
     array = np.asarray(values)
     if array.ndim != len(shape) or (shape[0] >= 0 and array.shape != shape):
         raise ValueError(f"{key}: shape {array.shape} where {shape} was expected")
-    with np.errstate(invalid="ignore"):
-        whole = array.astype(np.int64)
-    if not np.array_equal(whole, array):
-        raise ValueError(f"{key}: expected whole numbers")
+    whole = array
+    if array.dtype.kind not in "iu":
+        with np.errstate(invalid="ignore"):
+            whole = array.astype(np.int64)
+        if not np.array_equal(whole, array):
+            raise ValueError(f"{key}: expected whole numbers")
     if whole.size and not (low <= whole.min() and whole.max() <= high):
         worst = int(whole.min()) if whole.min() < low else int(whole.max())
         raise ValueError(f"{key}: {worst} is outside {low}..{high}")

@@ -1,0 +1,122 @@
+"""Scores that lean on packages of the ``chemistry`` extra: FCD, PoseBusters and GFN2-xTB."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from molediff.bonds import perceive
+from molediff.molecules import Molecule
+from shared.metrics import Estimate, mean, proportion
+
+RESAMPLES = 20
+KCAL_PER_EV = 23.060548
+FORCE = 0.05
+"""A geometry counts as relaxed below this largest force (eV/Angstrom)."""
+
+
+def fcd(smiles: Sequence[str], reference: Sequence[str]) -> Estimate:
+    """Frechet ChemNet distance (Preuer et al. 2018) with the network and weights of fcd_torch. It
+    falls with the sample size: compare equal n only. The interval is 1.96 standard deviations of
+    resamples of the generated set. NaN below two molecules on either side.
+
+    Raises:
+        ModuleNotFoundError: fcd_torch is not installed.
+    """
+    package = _need("fcd_torch", "fcd")
+    if min(len(smiles), len(reference)) < 2:
+        return Estimate(np.nan, len(smiles), np.nan, np.nan)
+    network = package.FCD(device="cpu")
+    x, y = (network.get_predictions(list(s)).astype(np.float64) for s in (smiles, reference))
+    centre, root = y.mean(0), _root(np.cov(y.T))
+    value = frechet(x, centre, root)
+    rng = np.random.default_rng(0)
+    draws = [frechet(x[rng.integers(0, len(x), len(x))], centre, root) for _ in range(RESAMPLES)]
+    half = 1.96 * float(np.std(draws, ddof=1))
+    return Estimate(value, len(x), max(0.0, value - half), value + half)
+
+
+def frechet(x: np.ndarray, centre: np.ndarray, root: np.ndarray) -> float:
+    """|m - m'|^2 + tr(S + S' - 2 (S'^1/2 S S'^1/2)^1/2) of samples x [n, d] and a reference with
+    mean ``centre`` [d] and square root ``root`` [d, d] of its covariance."""
+    covariance = np.cov(x.T)
+    eigenvalues = np.linalg.eigvalsh(root @ covariance @ root)
+    traces = np.trace(covariance) + np.square(root).sum()
+    overlap = 2 * np.sqrt(np.clip(eigenvalues, 0, None)).sum()
+    return float(np.square(x.mean(0) - centre).sum() + traces - overlap)
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(covariance)
+    return np.asarray((vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T)
+
+
+def posebusters(molecules: Sequence[Molecule], perception: str = "rdkit") -> Estimate:
+    """Molecules that pass every intramolecular check of PoseBusters (Buttenschoen et al. 2024,
+    configuration ``mol``). Those without positions or sensible bonds fail. A second per molecule,
+    and up to minutes for a strained cage, whose conformers RDKit finds hard to embed.
+
+    Raises:
+        ModuleNotFoundError: posebusters is not installed.
+    """
+    package = _need("posebusters", "posebusters")
+    ready = []
+    for molecule in molecules:
+        try:
+            known = molecule if molecule.bonds is not None else perceive(molecule, perception)
+            if known.positions is not None:
+                ready.append(known.to_rdkit())
+        except ValueError:
+            continue
+    if not ready:
+        return proportion(0, len(molecules))
+    report = package.PoseBusters(config="mol").bust(ready)
+    return proportion(int(report.all(axis=1).sum()), len(molecules))
+
+
+def strain(molecules: Sequence[Molecule], steps: int = 250) -> dict[str, Estimate]:
+    """``strain``: energy in kcal/mol that a geometry gives off when it relaxes under GFN2-xTB
+    (Bannwarth et al. 2019; tblite and ase), mean over those that converge within ``steps``;
+    ``strain_relaxed``: how many do, among all.
+
+    Raises:
+        ModuleNotFoundError: tblite or ase is not installed.
+    """
+    for name in ("tblite.ase", "ase.optimize"):
+        _need(name, "strain")
+    energies = [e for e in (_strain(m, steps) for m in molecules) if e is not None]
+    return {
+        "strain": mean(energies),
+        "strain_relaxed": proportion(len(energies), len(molecules)),
+    }
+
+
+def _strain(molecule: Molecule, steps: int) -> float | None:
+    ase: Any = importlib.import_module("ase")
+    optimize: Any = importlib.import_module("ase.optimize")
+    tblite: Any = importlib.import_module("tblite.ase")
+    if molecule.positions is None:
+        return None
+    atoms = ase.Atoms(molecule.atomic_numbers.astype(int), molecule.positions.astype(np.float64))
+    atoms.calc = tblite.TBLite(method="GFN2-xTB", charge=molecule.charge, verbosity=0)
+    try:
+        start = atoms.get_potential_energy()
+        if not optimize.LBFGS(atoms, logfile=None).run(fmax=FORCE, steps=steps):
+            return None
+        released = KCAL_PER_EV * float(start - atoms.get_potential_energy())
+    except Exception:  # the solver's errors share no base class; each is a failure of its molecule
+        return None
+    return released if np.isfinite(released) else None
+
+
+def _need(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ModuleNotFoundError(
+            f"extras: {extra!r} needs the package {module.split('.')[0]}: "
+            "pip install 'molediff[chemistry]'"
+        ) from None
