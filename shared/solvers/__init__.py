@@ -4,7 +4,6 @@ from shared.solvers.ancestral import DDIM as DDIM
 from shared.solvers.ancestral import DDPM as DDPM
 from shared.solvers.ancestral import DDIMInversion as DDIMInversion
 from shared.solvers.deis import DEIS as DEIS
-from shared.solvers.dpm_solver import DPMSolverAncestral as DPMSolverAncestral
 from shared.solvers.dpm_solver import DPMSolverMultistep as DPMSolverMultistep
 from shared.solvers.dpm_solver import DPMSolverSDE as DPMSolverSDE
 from shared.solvers.dpm_solver import DPMSolverSinglestep as DPMSolverSinglestep

@@ -36,6 +36,8 @@ class DEIS(PlanSolver):
         variable: the polynomial's variable. 'time' (tAB, moments by Gauss-Legendre quadrature;
             smooth schedules reach round-off), 'log_rho' (log sigma/alpha, closed form) or 'rho'
             (rhoAB).
+        lower_final_below: lower the order of the last rows in grids with fewer intervals than
+            this; 0: never.
 
     Raises:
         ValueError: an option out of range.
@@ -43,6 +45,7 @@ class DEIS(PlanSolver):
 
     order: int = 3
     variable: str = "time"
+    lower_final_below: float = 0
     stochastic = False
 
     def __post_init__(self) -> None:
@@ -57,12 +60,15 @@ class DEIS(PlanSolver):
     ) -> None:
         nodes = nodes_at(schedule, times)
         x, seen = tape.start(), list[Evaluation]()
+        left = len(nodes) - 1
+        lowered = left < self.lower_final_below
         for s, t in pairwise(nodes):
             seen = [evaluate(tape, x, s), *seen][: self.order]
             interval = Interval(s, t, "noise")
-            used = interval.usable(seen)
+            used = interval.usable(seen[:left] if lowered else seen)
             weights = lagrange_weights(*self._moments(schedule, interval, used))
             x = tape.step(interval.advance(x, used, weights), t.time)
+            left -= 1
 
     def _moments(
         self, schedule: Schedule, interval: Interval, seen: Sequence[Evaluation]

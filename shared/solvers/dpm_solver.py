@@ -52,6 +52,7 @@ class DPMSolverMultistep(PlanSolver):
         lower_final_below: lower the order of the last rows in grids with fewer intervals than
             this (published: 10). 0: never; inf: always. It caps the order of a run at 2.
         denoise_to_zero: one evaluation more at the end, which returns x0_hat.
+        increasing: invert, from data to noise, over increasing times.
 
     Raises:
         ValueError: an option out of range.
@@ -64,6 +65,7 @@ class DPMSolverMultistep(PlanSolver):
     eta: float = 0.0
     lower_final_below: float = 10
     denoise_to_zero: bool = False
+    increasing: bool = False
 
     def __post_init__(self) -> None:
         check_choice(
@@ -71,6 +73,7 @@ class DPMSolverMultistep(PlanSolver):
             points=(self.points, (1, 2, 3)),
             form=(self.form, FORMS),
             solver_type=(self.solver_type, SOLVER_TYPES),
+            eta=(self.eta, (0.0,) if self.increasing else (self.eta,)),
         )
         _check_eta(self, self.eta, self.form)
 
@@ -115,7 +118,7 @@ class DPMSolverMultistep(PlanSolver):
 
 @dataclass(frozen=True)
 class DPMSolverSinglestep(PlanSolver):
-    """Singlestep DPM-Solver and DPM-Solver++ (2S, 3S), deterministic or ancestral.
+    """Singlestep DPM-Solver and DPM-Solver++ (2S, 3S).
 
     A step of order p takes p intervals of the grid and evaluates at the grid's own times inside
     them, so a grid of n intervals costs n evaluations. The third-order 'dpmsolver' step wants
@@ -128,8 +131,6 @@ class DPMSolverSinglestep(PlanSolver):
         solver_type: 'dpmsolver' or 'taylor'.
         fast: end with steps of lower order as published ('DPM-Solver-fast'); False: only what
             does not fill a whole step is of lower order.
-        eta: > 0 takes every step to a smaller sigma and adds noise back (the ancestral 2S of the
-            k-diffusion library).
         denoise_to_zero: one evaluation more at the end, which returns x0_hat.
 
     Raises:
@@ -140,8 +141,8 @@ class DPMSolverSinglestep(PlanSolver):
     form: str = "data"
     solver_type: str = "dpmsolver"
     fast: bool = True
-    eta: float = 0.0
     denoise_to_zero: bool = False
+    stochastic = False
 
     def __post_init__(self) -> None:
         check_choice(
@@ -150,11 +151,6 @@ class DPMSolverSinglestep(PlanSolver):
             form=(self.form, FORMS),
             solver_type=(self.solver_type, SOLVER_TYPES),
         )
-        _check_eta(self, self.eta, self.form)
-
-    @property
-    def stochastic(self) -> bool:  # type: ignore[override]
-        return self.eta > 0.0
 
     def intervals(self, nfe: int) -> int:
         return nfe - self.denoise_to_zero
@@ -172,35 +168,23 @@ class DPMSolverSinglestep(PlanSolver):
 
     def _step(self, tape: Tape, x: Form, nodes: Sequence[Node]) -> Form:
         """One step from nodes[0] to nodes[-1] with an evaluation at all but the last."""
-        s, end = nodes[0], nodes[-1]
         if not all(math.isfinite(n.log_snr) for n in nodes):
-            return self._euler_through(tape, x, nodes)
-        start, t = x, _below(s, end, self.eta)
+            return _euler_through(tape, x, nodes, self.form)
+        s, t, start = nodes[0], nodes[-1], x
         seen = [evaluate(tape, start, s)]
         for node in nodes[1:-1]:
-            x = tape.step(self._weigh(Interval(s, node, self.form), start, seen, True), node.time)
+            interval = Interval(s, node, self.form)
+            x = tape.step(self._weigh(interval, start, seen, "taylor"), node.time)
             seen.append(evaluate(tape, x, node))
-        if len(seen) == 3 and self.solver_type == "dpmsolver":
-            seen = [seen[0], seen[2]]
-            form = self._weigh(Interval(s, t, self.form), start, seen, True)
-        else:
-            form = self._weigh(Interval(s, t, self.form), start, seen, False)
-        return tape.step(form + _noise_between(tape, t, end), end.time)
+        rule = self.solver_type
+        if len(seen) == 3 and rule == "dpmsolver":
+            seen, rule = [seen[0], seen[2]], "taylor"
+        return tape.step(self._weigh(Interval(s, t, self.form), start, seen, rule), t.time)
 
-    def _weigh(self, interval: Interval, x: Form, seen: Sequence[Evaluation], exact: bool) -> Form:
+    def _weigh(self, interval: Interval, x: Form, seen: Sequence[Evaluation], rule: str) -> Form:
         n = len(seen)
-        c = moments(interval.z, n)
-        if n == 2 and not exact:
-            c = _second_moments(interval.z, self.solver_type)
+        c = _second_moments(interval.z, rule) if n == 2 else moments(interval.z, n)
         return interval.advance(x, seen, lagrange_weights(c, interval.points(seen)))
-
-    def _euler_through(self, tape: Tape, x: Form, nodes: Sequence[Node]) -> Form:
-        """First order from node to node: where this field's log-SNR is infinite."""
-        for s, end in pairwise(nodes):
-            t = _below(s, end, self.eta)
-            form = Interval(s, t, self.form).euler(x, evaluate(tape, x, s))
-            x = tape.step(form + _noise_between(tape, t, end), end.time)
-        return x
 
 
 @dataclass(frozen=True)
@@ -244,7 +228,7 @@ class DPMSolverSDE(PlanSolver):
     def _step(self, tape: Tape, x: Form, nodes: Sequence[Node]) -> Form:
         s, end = nodes[0], nodes[-1]
         if len(nodes) == 2 or not all(math.isfinite(n.log_snr) for n in nodes):
-            return DPMSolverSinglestep(1, eta=self.eta)._euler_through(tape, x, nodes)
+            return _euler_through(tape, x, nodes, "data", self.eta)
         middle, start, first = nodes[1], x, evaluate(tape, x, s)
         below, t = _below(s, middle, self.eta), _below(s, end, self.eta)
         early = _noise_between(tape, below, middle)
@@ -276,6 +260,17 @@ def singlestep_orders(nodes: Sequence[Node], order: int, fast: bool) -> list[int
     if fast and order == 3 and rest == 0 and whole > 0:
         return [*head, *[3] * (whole - 1), 2, 1, *tail]
     return [*head, *[order] * whole, *([rest] if rest else []), *tail]
+
+
+def _euler_through(
+    tape: Tape, x: Form, nodes: Sequence[Node], form: str, eta: float = 0.0
+) -> Form:
+    """First order from node to node, where this field's log-SNR is infinite at one of them."""
+    for s, end in pairwise(nodes):
+        t = _below(s, end, eta)
+        step = Interval(s, t, form).euler(x, evaluate(tape, x, s))
+        x = tape.step(step + _noise_between(tape, t, end), end.time)
+    return x
 
 
 def _below(s: Node, t: Node, eta: float) -> Node:
