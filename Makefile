@@ -16,7 +16,11 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: setup
-	$(BIN)/imagediff demo out=outputs/demo
+	$(BIN)/imagediff train experiment=digits trainer.max_steps=600 trainer.batch_size=64 \
+		trainer.ema_warmup=true seed=0 out=outputs/demo/run
+	$(BIN)/imagediff sample run=outputs/demo/run n=100 steps=20 seed=0 \
+		guidance=classifier_free out=outputs/demo/samples
+	$(BIN)/imagediff evaluate outputs/demo/samples
 
 test: lint types imports tests
 

@@ -289,12 +289,17 @@ def _keys(verb: str) -> list[str]:
     lines = []
     for name in (verb, "config"):
         text = (configuration.folder() / f"{name}.yaml").read_text(encoding="utf-8")
+        parent = ""
         for line in text.splitlines():
-            if line[:1].isalpha() and not line.startswith("defaults:"):
-                setting, _, comment = line.partition(" # ")
-                key, _, value = setting.partition(": ")
-                lines.append(f"  {key}={value.replace('???', '...')}".ljust(24) + comment)
-    return lines
+            setting, _, comment = line.partition(" # ")
+            key, colon, value = setting.partition(":")
+            if key[:1].isalpha():
+                parent = key
+            if colon and parent != "defaults" and not key.startswith("#"):
+                key = key if key == parent else f"{parent}.{key.strip()}"
+                value = value.strip().replace("???", "...")
+                lines.append(f"  {key}{'=' if value else ''}{value}".ljust(24) + comment)
+    return [line.rstrip() for line in lines]
 
 
 def _choices(program: Program, verb: str) -> list[str]:

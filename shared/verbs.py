@@ -22,13 +22,14 @@ from torch import Tensor
 from shared import checkpoints, reports
 from shared.checkpoints import write_atomically
 from shared.cli import Program
-from shared.configuration import ConfigurationError, build, option, plain
+from shared.configuration import ConfigurationError, build, choose, option, plain
 from shared.denoisers import Denoise, Denoiser
 from shared.domains import Domain, Invalid
 from shared.metrics import Estimate
 from shared.reports import Section
 from shared.runs import Run
 from shared.sample_folders import Folder, read_manifest
+from shared.sampling import Memory
 from shared.sampling import sample as run_sampling
 
 Progress = Callable[[int, int], None]
@@ -95,8 +96,29 @@ def train(config: DictConfig, program: Program, progress: Progress | None = None
         with torch.random.fork_rng():
             torch.default_generator.manual_seed(run.seed)
             denoiser = build(config.model, domain=domain, schedule=build(config.schedule))
-        training.fit(denoiser, domain, run, build(config.trainer), run.seed)
+        score = _score(domain, config.score, run.seed)
+        training.fit(denoiser, domain, run, build(config.trainer), run.seed, score)
     return Outcome((f"trained: {folder} (seed {run.seed})",), folder)
+
+
+def _score(
+    domain: Domain[Any], config: Any, seed: int
+) -> Callable[[Denoiser, int], dict[str, float]]:
+    """Draws ``config.n`` samples and measures them with the domain's metrics."""
+    solver, grid = choose("solver", config.solver), choose("grid", config.grid)
+
+    def score(denoiser: Denoiser, step: int) -> dict[str, float]:
+        sink, process = Memory(), denoiser.process
+        device = next(denoiser.parameters()).device
+        run_sampling(
+            *(denoiser, process, domain, config.n, solver, config.steps, grid, seed),
+            device=device,
+            sink=sink,
+        )
+        metrics = domain.metrics([sink.items[i] for i in range(config.n)])
+        return {f"sample_{name}": float(estimate) for name, estimate in metrics.items()}
+
+    return score
 
 
 # -- sample -----------------------------------------------------------------------------------
@@ -170,8 +192,8 @@ def _guided(config: Any, denoiser: Denoiser, domain: Domain[Any]) -> Denoise:
     guided = build(config, denoise=denoiser, process=denoiser.process, domain=domain, null=null)
     if hasattr(guided, "null") and not guided.null:
         raise ConfigurationError(
-            f"guidance: domain {domain.name} has no condition that can be left out; choose another "
-            "guidance."
+            f"guidance: domain {domain.name} has no condition that can be left out; choose "
+            "another guidance."
         )
     return denoiser if guided is None else guided
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from molediff.cli import PROGRAM as MOLEDIFF
 from pointdiff.cli import PROGRAM as POINTDIFF
-from shared import cli
+from shared import cli, configuration
 from shared.cli import VERBS, Converter
 from shared.images.cli import PROGRAM as IMAGEDIFF
 from shared.runs import Run
@@ -309,6 +310,43 @@ def test_pickles_that_run_code_are_refused(command, tmp_path):
     torch.save({"path": Path("x")}, tmp_path / "evil.pt")
     status, _, err = command("convert", tmp_path / "evil.pt")
     assert (status, "refused" in err) == (2, True)
+
+
+# -- documentation ----------------------------------------------------------------------------
+
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+
+
+def examples() -> list[str]:
+    text = README.replace("\n  steps", " steps")
+    verbs = "|".join(VERBS)
+    found = re.findall(rf"(?:^|`)(imagediff (?:{verbs}) [^`\n]+)", text, re.MULTILINE)
+    return [*found, *(f"imagediff {words}" for words in IMAGEDIFF.examples)]
+
+
+def test_every_documented_command_composes():
+    assert len(examples()) > 8
+    for line in examples():
+        _, verb, *words = line.split()
+        sweep = "-m" in words
+        words = [w.partition(",")[0] if sweep else w for w in words if w != "-m"]
+        config = configuration.compose(verb, cli.overrides(verb, words))
+        cli.check_numbers(config)
+
+
+def test_the_python_example_runs(toys, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(code.replace("runs/toys", str(toys)), {})
+    out = capsys.readouterr().out
+    assert "Summary(ok=100" in out
+    assert "energy_distance" in out
+
+
+def test_samples_are_scored_while_training(tmp_path):
+    more = ("trainer.score_every=2", "score.n=5", "score.steps=2", "model.width=8")
+    run = Run.open(trained(tmp_path / "run", "toys", 4, *more))
+    scored = [step for step, name, _ in run.metrics() if name == "sample_energy_distance"]
+    assert scored == [2, 4]
 
 
 # -- help -------------------------------------------------------------------------------------
