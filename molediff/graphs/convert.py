@@ -172,8 +172,8 @@ def stacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def weights(published: Published, averaged: bool = False) -> dict[str, Tensor]:
-    """The state dictionary of the converted denoiser. What the last attention layer of a node
-    network would do to edges is never used, and left out.
+    """The state dictionary of the converted denoiser. What the last attention layer of a network
+    would give to the other network is never used, and left out.
 
     Raises:
         ValueError: averages asked of a checkpoint without them.
@@ -183,15 +183,15 @@ def weights(published: Published, averaged: bool = False) -> dict[str, Tensor]:
         if published.averages is None:
             raise ValueError(f"the checkpoint for {published.name} has no moving averages.")
         nodes, edges = published.averages
-    own = stacked(nodes)
-    if published.attention:
-        last = f"layers.{_depth(nodes) - 1}."
-        idle = tuple(f"{last}{part}" for part in ("query", "key", "mix_edges"))
-        own = {name: tensor for name, tensor in own.items() if not name.startswith(idle)}
-    return {
-        **{f"backbone.nodes.{name}": tensor for name, tensor in own.items()},
-        **{f"backbone.edges.{name}": tensor for name, tensor in stacked(edges).items()},
-    }
+    idle = {"nodes": ("query", "key", "mix_edges"), "edges": ("value", "mix_nodes")}
+    out = {}
+    for field, state in (("nodes", nodes), ("edges", edges)):
+        last = f"layers.{_depth(state) - 1}."
+        unused = tuple(f"{last}{part}" for part in idle[field])
+        for name, tensor in stacked(state).items():
+            if not name.startswith(unused):
+                out[f"backbone.{field}.{name}"] = tensor
+    return out
 
 
 def _depth(state: Mapping[str, Tensor]) -> int:

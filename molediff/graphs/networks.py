@@ -164,7 +164,8 @@ class GraphConvolution(nn.Module):
 
 class AttentionLayer(nn.Module):
     """Graph multi-head attention (Baek et al. 2021) on every adjacency channel, then mixing of
-    the channels: new node features and, unless ``edges`` is False, new channels.
+    the channels: new node features and new channels, or one of them where ``nodes`` or ``edges``
+    is False (the last layer of a network).
 
     The attention scores are divided by the root of the width of the values, as published.
     """
@@ -178,6 +179,7 @@ class AttentionLayer(nn.Module):
         channels_in: int,
         channels_out: int,
         heads: int,
+        nodes: bool = True,
         edges: bool = True,
     ) -> None:
         super().__init__()
@@ -187,27 +189,30 @@ class AttentionLayer(nn.Module):
             )
         self.heads, self.outputs = heads, outputs
         hidden = 2 * max(channels_in, channels_out)
-        self.value = _glorot(channels_in, inputs, outputs)
-        self.value_bias = nn.Parameter(torch.zeros(channels_in, outputs))
-        self.mix_nodes = Perceptron(2, channels_in * outputs, hidden, outputs)
+        if nodes:
+            self.value = _glorot(channels_in, inputs, outputs)
+            self.value_bias = nn.Parameter(torch.zeros(channels_in, outputs))
+            self.mix_nodes = Perceptron(2, channels_in * outputs, hidden, outputs)
         if edges:
             self.query = _glorot(channels_in, inputs, attention)
             self.key = _glorot(channels_in, inputs, attention)
             self.query_bias = nn.Parameter(torch.zeros(channels_in, attention))
             self.key_bias = nn.Parameter(torch.zeros(channels_in, attention))
             self.mix_edges = Perceptron(linears, 2 * channels_in, hidden, channels_out)
-        self.edges = edges
+        self.to_nodes, self.to_edges = nodes, edges
 
     def forward(self, x: Tensor, edges: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """``x`` [F, n, b], ``edges`` [C, pairs] -> new ones."""
+        """``x`` [F, n, b], ``edges`` [C, pairs] -> new ones, or what came where none are made."""
         heard = propagate(normalised(pairs.scatter(edges)), x).flatten(2)  # [C, F, n b]
-        nodes = torch.tanh(self.mix_nodes.after_first(self._mixed_values(heard)))
-        nodes = nodes.reshape(-1, *x.shape[1:]) * pairs.mask
-        if not self.edges:
-            return nodes, edges
-        scores = mean_tanh(*self._queries_and_keys(heard, x.shape))
-        both = torch.cat([pairs.symmetrised(scores), edges])
-        return nodes, self.mix_edges(both).mul(2.0)  # E + E^T of a symmetric E
+        shape = x.shape
+        if self.to_nodes:
+            mixed = torch.tanh(self.mix_nodes.after_first(self._mixed_values(heard)))
+            x = mixed.reshape(-1, *shape[1:]) * pairs.mask
+        if self.to_edges:
+            scores = mean_tanh(*self._queries_and_keys(heard, shape))
+            both = torch.cat([pairs.symmetrised(scores), edges])
+            edges = self.mix_edges(both).mul(2.0)  # E + E^T of a symmetric E
+        return x, edges
 
     def _mixed_values(self, heard: Tensor) -> Tensor:
         """The first linear map of ``mix_nodes`` on the values of all channels, [hidden, n b]."""
@@ -236,9 +241,10 @@ def _attention_stack(
     channels: tuple[int, int, int],
     linears: int,
     heads: int,
-    last_edges: bool,
+    wanted: str,
 ) -> nn.ModuleList:
-    """Layers with channels (first, middle, last) and attention width ``hidden`` in the first."""
+    """Layers with channels (first, middle, last) and attention width ``hidden`` in the first. Of
+    the last layer only what is ``wanted``, 'nodes' or 'edges', is made."""
     first, middle, last = channels
     layers = nn.ModuleList()
     for k in range(depth):
@@ -252,7 +258,8 @@ def _attention_stack(
                 middle if k else first,
                 last if end else middle,
                 heads,
-                edges=last_edges or k < depth - 1,
+                nodes=wanted == "nodes" or k < depth - 1,
+                edges=wanted == "edges" or k < depth - 1,
             )
         )
     return layers
@@ -298,7 +305,7 @@ class NodeAttentionNetwork(nn.Module):
         super().__init__()
         self.powers = channels[0]
         self.layers = _attention_stack(
-            depth, features, hidden, attention, channels, linears, heads, last_edges=False
+            depth, features, hidden, attention, channels, linears, heads, "nodes"
         )
         width = features + depth * hidden
         self.final = Perceptron(3, width, 2 * width, features)
@@ -331,7 +338,7 @@ class EdgeNetwork(nn.Module):
         first, middle, last = channels
         self.powers = first
         self.layers = _attention_stack(
-            depth, features, hidden, attention, channels, linears, heads, last_edges=True
+            depth, features, hidden, attention, channels, linears, heads, "edges"
         )
         width = first + middle * (depth - 1) + last
         self.final = Perceptron(3, width, 2 * width, 1)
