@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from shared.geometry import CentredPoints, expand_mask
 from shared.process import State
 
-BLOCK_BYTES = 2**20
+BLOCK_BYTES = 2**21
 """Size of the widest array of pairs that inference works on at once."""
 
 Block = tuple[slice, slice]
