@@ -110,17 +110,18 @@ class Keeper(lightning.Callback):
         module.step_done()
         step = module.step
         done = step == settings.max_steps
-        if done or _due(step, settings.log_every):
+        log, kept = done or _due(step, settings.log_every), _due(step, settings.keep_every)
+        if log or kept or _due(step, settings.validate_every) or _due(step, settings.score_every):
+            module.check()
+        if log:
             self._write_losses(trainer, module, rate)
         better = self._better(self._evaluate(trainer, module), module)
         stop = self._must_stop(trainer, step)
         last = done or stop or _due(step, settings.save_every)
-        kept = _due(step, settings.keep_every)
-        if better or last or kept:
+        if last:
             module.check()
         if trainer.is_global_zero:
-            names = ["best"] * better + [f"step-{step:08d}"] * kept
-            for name in names:
+            for name in ["best"] * better + [f"step-{step:08d}"] * kept:
                 self._save(module, name)
             if last:
                 self._save(module, "last", self._state(trainer, module))

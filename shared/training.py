@@ -28,7 +28,7 @@ from shared.domains import Domain
 from shared.optimisation import LearningRate, MovingAverage, OptimizerSettings, clipping
 from shared.precision import Precision
 from shared.randomness import stream
-from shared.runs import Run
+from shared.runs import Run, process_rank
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,8 @@ class DenoisingModule(lightning.LightningModule):
         return {name: torch.stack(terms).mean() for name, terms in sums.items()}
 
     def training_step(self, noisy: NoisyBatch, number: int) -> Tensor:
-        self.check()
+        if number % self.settings.accumulate == 0:
+            self.check()
         with self._own_randomness(number):
             terms = self.losses(noisy)
         self.terms.append({name: term.detach() for name, term in terms.items()})
@@ -282,9 +283,12 @@ def fit(
             zero, with averaged weights; its numbers go to metrics.csv.
 
     Raises:
+        ValueError: the run is open for reading only.
         Diverged: a loss or gradient is not finite; the last checkpoint stays.
         KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, once a checkpoint is saved.
     """
+    if not run.writes and process_rank() == 0:
+        raise ValueError(f"run {run.folder} is open for reading; make it with Run.create.")
     denoiser.precision = Precision(trainer.precision, trainer.keep_float32)
     module = DenoisingModule(denoiser, domain, trainer, seed)
     keeper = Keeper(run, score)

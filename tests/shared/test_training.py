@@ -98,6 +98,12 @@ def assert_same(first, second, **tolerance):
                 assert torch.equal(ours[name], theirs[name]), name
 
 
+def test_a_run_opened_for_reading_is_refused(tmp_path):
+    Run.create(tmp_path / "r", {"seed": 1}).close()
+    with pytest.raises(ValueError, match="open for reading; make it with Run.create"):
+        fit(build(), Plane(), Run.open(tmp_path / "r"), settings(), 1)
+
+
 class Stop(Exception):
     pass
 
@@ -173,13 +179,22 @@ def test_other_seeds_give_other_weights(tmp_path):
     )
 
 
-@pytest.mark.parametrize("record", [0, 100])
-def test_divergence_names_step_and_field_and_keeps_the_last_checkpoint(tmp_path, record):
+@pytest.mark.parametrize(("record", "accumulate"), [(0, 1), (100, 2)])
+def test_divergence_names_step_and_field_and_keeps_the_last_checkpoint(
+    tmp_path, record, accumulate
+):
     domain = Plane(spoiled=record)
-    fields = Batches(domain, build().process, domain.datasets()[0], 16, seed=1)
-    first = next(n for n in range(99) if not fields[n].batch.state["x"].isfinite().all()) + 1
+    found = Batches(domain, build().process, domain.datasets()[0], 16, seed=1)
+    first = next(n for n in range(99) if not found[n].batch.state["x"].isfinite().all()) + 1
     with pytest.raises(Diverged, match=f"step {first}: the loss of field 'x' is not finite"):
-        train(tmp_path / "r", domain=domain, max_steps=40, save_every=1, validate_every=None)
+        train(
+            tmp_path / "r",
+            domain=domain,
+            max_steps=40,
+            save_every=1,
+            validate_every=None,
+            accumulate=accumulate,
+        )
     if first > 1:
         saved = last(tmp_path / "r")
         assert saved.step == first - 1
