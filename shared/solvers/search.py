@@ -182,6 +182,10 @@ def _table(schedule: Schedule) -> VPDiscrete:
             f"time grid: steps of a table need a VPDiscrete schedule, not "
             f"{type(schedule).__name__}; choose another grid."
         )
+    if schedule.from_zero:
+        raise ValueError(
+            "time grid: this table is noisy at time 0 already (from_zero); use PowerTimes."
+        )
     return schedule
 
 
