@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from shared.analytic import AnalyticDenoiser, Mixture
+from shared.configuration import build
 from shared.denoisers import Condition, Prediction
 from shared.geometry import Points
 from shared.guidance import ClassifierFree
@@ -160,3 +164,12 @@ def test_wrong_conditions() -> None:
         wrong(x, 0.5, None, cond)
     with pytest.raises(ValueError, match="rescale"):
         setup(rescale=2.0)
+
+
+@pytest.mark.parametrize("name", ["classifier_free", "classifier_free_limited"])
+def test_shipped_configurations(name: str) -> None:
+    path = Path(__file__).parents[2] / "configs" / "guidance" / f"{name}.yaml"
+    plain, _, x, cond = setup()
+    guided = build(OmegaConf.load(path), denoise=plain.denoise, process=plain.process, null=NULL)
+    for t in (0.1, 0.5, 0.9):
+        assert guided(x, t, None, cond)["x"].eps.isfinite().all()

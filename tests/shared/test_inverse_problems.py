@@ -21,6 +21,7 @@ from shared.guidance import (
     Term,
     prior_spread,
 )
+from shared.guidance.inverse_problems import _forward
 from shared.process import Field, Process, State
 from shared.randomness import Draws
 from shared.schedules import Karras, RectifiedFlow, VPLinear
@@ -96,6 +97,20 @@ def test_resampling_moves_replacement_to_the_conditional(schedule: VPLinear | Ka
     assert abs(float(plain.mean()) - want) > 0.1
     assert abs(float(resampled.mean()) - want) < 0.4 * abs(float(plain.mean()) - want)
     assert float(resampled.var()) == pytest.approx(1.0 - 0.81, abs=0.12)
+
+
+@pytest.mark.parametrize("schedule", [VPLinear(), Karras(), RectifiedFlow()])
+def test_going_back_up_follows_the_forward_process(schedule: VPLinear | Karras) -> None:
+    process = Process.single(schedule)
+    s, t = 0.2 * schedule.t_max, 0.7 * schedule.t_max
+    zero, one = {"x": torch.zeros(1, dtype=F64)}, {"x": torch.ones(1, dtype=F64)}
+    signal, fresh = (
+        _forward(process, one, s, t, zero)["x"],
+        _forward(process, zero, s, t, one)["x"],
+    )
+    torch.testing.assert_close(signal * schedule.alpha(s), schedule.alpha(t).reshape(1))
+    variance = (signal * schedule.sigma(s)) ** 2 + fresh**2
+    torch.testing.assert_close(variance, schedule.sigma(t).reshape(1) ** 2)
 
 
 def test_plain_replacement_runs_the_whole_grid_once() -> None:
