@@ -7,7 +7,7 @@ number of processes or of loader workers, and whether or not training was interr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -62,8 +62,11 @@ class Share:
 class Batches(Dataset[NoisyBatch]):
     """Item ``number`` is this process's share of that batch.
 
-    The records come in a new random order in every pass; a batch may straddle two passes. Every
-    record is read with torch's generator set to its own seed, so random augmentation repeats too.
+    The records come in a new random order in every pass; a batch may straddle two passes. A data
+    set that has ``lengths`` (the size of every record) is batched by equal size, with next to no
+    padding; then a pass leaves out the few records that do not fill a batch, others each time.
+    Every record is read with torch's generator set to its own seed, so random augmentation
+    repeats too.
 
     Args:
         records: a data set of the domain. size: samples per batch over all processes.
@@ -89,6 +92,13 @@ class Batches(Dataset[NoisyBatch]):
         if self.count == 0:
             raise ValueError(f"domain {domain.name}: the {name} set is empty.")
         self.share.slice(size)
+        lengths = getattr(records, "lengths", None) if shuffle else None
+        if lengths is not None and self.count >= size:
+            self._turn = self.count // size * size
+            self._arrange = lru_cache(maxsize=2)(partial(_by_length, np.asarray(lengths), size))
+        else:
+            self._turn = self.count
+            self._arrange = lru_cache(maxsize=2)(partial(_at_random, self.count))
 
     def __getitem__(self, number: int) -> NoisyBatch:
         rows = self.share.slice(self.size)
@@ -113,8 +123,8 @@ class Batches(Dataset[NoisyBatch]):
         return records
 
     def _index(self, sample: int) -> int:
-        turn, place = divmod(sample, self.count)
-        return int(_order(self.seed, turn, self.count)[place]) if self.shuffle else place
+        turn, place = divmod(sample, self._turn)
+        return int(self._arrange(self.seed, turn)[place]) if self.shuffle else place
 
     def _strata(self, number: int) -> Tensor:
         """(i + v) / size in random order with one v (Kingma et al. 2021, Appendix I.1)."""
@@ -134,10 +144,20 @@ class Batches(Dataset[NoisyBatch]):
         )
 
 
-@lru_cache(maxsize=4)
-def _order(seed: int, turn: int, count: int) -> np.ndarray:
+def _at_random(count: int, seed: int, turn: int) -> np.ndarray:
     """The order of the records in one pass."""
     return stream(seed, turn, "train/order", 0).permutation(count)
+
+
+def _by_length(lengths: np.ndarray, size: int, seed: int, turn: int) -> np.ndarray:
+    """The order of one pass in which the records of a batch have equal length, but for the
+    batches where one length ends and the next begins."""
+    own = stream(seed, turn, "train/order", 0)
+    order = own.permutation(len(lengths))
+    order = order[np.argsort(lengths[order], kind="stable")]
+    first = own.integers(len(order) % size + 1)  # which records are left out
+    batches = order[first : first + len(order) // size * size].reshape(-1, size)
+    return own.permutation(batches).reshape(-1)
 
 
 def _same(batch: Any) -> Any:

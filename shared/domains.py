@@ -69,7 +69,8 @@ class Domain(ABC, Generic[Item]):
 
     @abstractmethod
     def datasets(self) -> tuple[Dataset[Any], Dataset[Any]]:
-        """The training and the validation set."""
+        """The training and the validation set. One with an attribute ``lengths`` (the size of
+        every record) is trained on in batches of equal size."""
 
     @abstractmethod
     def collate(self, records: Sequence[Any]) -> Batch:

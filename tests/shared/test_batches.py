@@ -120,3 +120,20 @@ def test_impossible_batches_are_named():
         batches(share=Share(0, 3))
     with pytest.raises(ValueError, match="domain sets: the train set is empty"):
         batches(count=0)
+
+
+def test_records_of_equal_length_share_batches_and_all_are_seen():
+    sets = Sets(700)
+    sets.lengths = [1 + index % 7 for index in range(700)]
+    grouped = Batches(sets, PROCESS, sets, 32, seed=3)
+    turn = 700 // 32
+    seen, mixed = set(), 0
+    for number in range(3 * turn):
+        rows = [grouped._index(number * 32 + row) for row in range(32)]
+        assert len(set(rows)) == 32
+        seen |= set(rows)
+        mixed += len({sets.lengths[row] for row in rows}) > 1
+    assert len(seen) > 690  # 28 of 700 are left out in each of three passes
+    assert mixed <= 3 * 6
+    order = [sets.lengths[grouped._index(number * 32)] for number in range(turn)]
+    assert order != sorted(order)
