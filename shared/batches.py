@@ -7,7 +7,6 @@ number of processes or of loader workers, and whether or not training was interr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -93,12 +92,10 @@ class Batches(Dataset[NoisyBatch]):
             raise ValueError(f"domain {domain.name}: the {name} set is empty.")
         self.share.slice(size)
         lengths = getattr(records, "lengths", None) if shuffle else None
-        if lengths is not None and self.count >= size:
-            self._turn = self.count // size * size
-            self._arrange = lru_cache(maxsize=2)(partial(_by_length, np.asarray(lengths), size))
-        else:
-            self._turn = self.count
-            self._arrange = lru_cache(maxsize=2)(partial(_at_random, self.count))
+        grouped = lengths is not None and self.count >= size
+        self._lengths = np.asarray(lengths) if grouped else None
+        self._turn = self.count // size * size if grouped else self.count
+        self._order = (-1, np.empty(0, dtype=np.int64))  # the last pass asked for
 
     def __getitem__(self, number: int) -> NoisyBatch:
         rows = self.share.slice(self.size)
@@ -123,8 +120,24 @@ class Batches(Dataset[NoisyBatch]):
         return records
 
     def _index(self, sample: int) -> int:
+        if not self.shuffle:
+            return sample % self.count
         turn, place = divmod(sample, self._turn)
-        return int(self._arrange(self.seed, turn)[place]) if self.shuffle else place
+        if self._order[0] != turn:
+            own = stream(self.seed, turn, "train/order", 0)
+            self._order = turn, self._arrange(own)
+        return int(self._order[1][place])
+
+    def _arrange(self, own: np.random.Generator) -> np.ndarray:
+        """The order of one pass. With lengths, the records of a batch have equal length, but for
+        the batches where one length ends and the next begins."""
+        order = own.permutation(self.count)
+        if self._lengths is None:
+            return order
+        order = order[np.argsort(self._lengths[order], kind="stable")]
+        first = own.integers(self.count - self._turn + 1)  # which records are left out
+        batches = order[first : first + self._turn].reshape(-1, self.size)
+        return own.permutation(batches).reshape(-1)
 
     def _strata(self, number: int) -> Tensor:
         """(i + v) / size in random order with one v (Kingma et al. 2021, Appendix I.1)."""
@@ -142,22 +155,6 @@ class Batches(Dataset[NoisyBatch]):
             collate_fn=_same,
             persistent_workers=False,
         )
-
-
-def _at_random(count: int, seed: int, turn: int) -> np.ndarray:
-    """The order of the records in one pass."""
-    return stream(seed, turn, "train/order", 0).permutation(count)
-
-
-def _by_length(lengths: np.ndarray, size: int, seed: int, turn: int) -> np.ndarray:
-    """The order of one pass in which the records of a batch have equal length, but for the
-    batches where one length ends and the next begins."""
-    own = stream(seed, turn, "train/order", 0)
-    order = own.permutation(len(lengths))
-    order = order[np.argsort(lengths[order], kind="stable")]
-    first = own.integers(len(order) % size + 1)  # which records are left out
-    batches = order[first : first + len(order) // size * size].reshape(-1, size)
-    return own.permutation(batches).reshape(-1)
 
 
 def _same(batch: Any) -> Any:
