@@ -27,11 +27,12 @@ from shared.process import Process, State
 from shared.schedules import Schedule, VarianceExploding, VPLinear
 from shared.solvers.ancestral import transitions
 from shared.solvers.base import PlanSolver, Solver, check_times
+from shared.solvers.grids import Grid
 from shared.solvers.plan import After, Denoise, Draw, Plan, Project, Tape, run
 
 
 @dataclass(frozen=True)
-class ScoreSDETimes:
+class ScoreSDETimes(Grid):
     """N evaluation times from t_max to ``eps``, evenly, and the end 0 that the published code does
     not name. ``eps`` is 1e-3 for VP, 1e-5 for VE, 1e-4 in GDSS."""
 

@@ -7,7 +7,7 @@ first, and then sigma = 0. All grids come back as decreasing times, ready for a 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from shared.schedules import Schedule, VPDiscrete, as_time
+from shared.solvers.grids import Grid
 from shared.variance import Gamma
 
 
@@ -151,9 +152,8 @@ def fastdpm_times(table: VPDiscrete, steps: int, spacing: str = "quadratic") -> 
 # -- as grids ---------------------------------------------------------------------------------
 
 
-class TableGrid(ABC):
-    """``grid(schedule, intervals)`` -> decreasing times that end with 0, as the other grids; a
-    table decides on its ends itself."""
+class TableGrid(Grid):
+    """Decreasing times that end with 0; a table decides on its ends itself."""
 
     @abstractmethod
     def place(self, schedule: Schedule, intervals: int) -> list[float]: ...
