@@ -20,7 +20,8 @@ class FourierEmbedding(nn.Module):
     def forward(self, code: Tensor) -> Tensor:
         """[batch] -> [batch, width]."""
         angles = code[:, None] * self.frequencies.to(code)
-        return self.net(torch.cat([angles.sin(), angles.cos()], -1))
+        out: Tensor = self.net(torch.cat([angles.sin(), angles.cos()], -1))
+        return out
 
 
 class ContextEmbedding(nn.Module):
@@ -51,4 +52,5 @@ class ContextEmbedding(nn.Module):
             )
         given = ~context.isnan()
         values = torch.where(given, context, 0.0).to(like.dtype)
-        return self.net(torch.cat([values, given.to(like.dtype)], -1))
+        out: Tensor = self.net(torch.cat([values, given.to(like.dtype)], -1))
+        return out
