@@ -178,11 +178,22 @@ class VarianceHead(nn.Module):
         mask: Tensor | None = None,
         cond: Condition | None = None,
     ) -> Tensor:
-        """Mean square error of the head per degree of freedom, [batch]; arguments as in
+        """The sum of :meth:`losses`, [batch]."""
+        return torch.stack(list(self.losses(x0, noise, t, mask, cond).values())).sum(0)
+
+    def losses(
+        self,
+        x0: State,
+        noise: State,
+        t: Tensor,
+        mask: Tensor | None = None,
+        cond: Condition | None = None,
+    ) -> dict[str, Tensor]:
+        """Mean square error of the head per degree of freedom, field -> [batch]; arguments as in
         :meth:`shared.denoisers.Denoiser.loss`."""
         x = self.process.perturb(x0, t, noise)
         predictions, raw = self._evaluate(x, t, mask, cond)
-        total = torch.zeros(len(t), device=t.device)
+        terms = {}
         for name, h in raw.items():
             eps = noise[name]
             error = eps if self.kind == "sn" else eps - predictions[name].eps
@@ -190,8 +201,8 @@ class VarianceHead(nn.Module):
             miss = torch.where(eps == 0, torch.zeros_like(h), h - error.square())
             geometry = self.process.fields[name].geometry
             dim = geometry.dim(eps, mask).clamp(min=1.0)
-            total = total + geometry.norm_squared(miss) / dim.to(miss)
-        return total
+            terms[name] = geometry.norm_squared(miss) / dim.to(miss)
+        return terms
 
     def _evaluate(
         self, x: State, t: float | Tensor, mask: Tensor | None, cond: Condition | None
@@ -208,5 +219,6 @@ class VarianceHead(nn.Module):
                 hook.remove()
             predictions = self.denoiser.predictions(outputs, x, t)
         inputs, code = seen["backbone"]
+        inputs = {name: value.to(x[name]) for name, value in inputs.items()}
         raw: State = self.head(inputs, outputs, code, mask, cond)
         return predictions, raw

