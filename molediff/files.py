@@ -74,9 +74,9 @@ def write(path: str | Path, molecules: Iterable[Molecule]) -> int:
 def _format(path: Path) -> Format:
     suffixes = [s.lower() for s in path.suffixes]
     suffix = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else path.suffix
-    form = _FORMATS.get(suffix.lower())
+    form = FORMATS.get(suffix.lower())
     if form is None:
-        raise ValueError(f"{path}: no molecule format {suffix!r}; known: {', '.join(_FORMATS)}")
+        raise ValueError(f"{path}: no molecule format {suffix!r}; known: {', '.join(FORMATS)}")
     return form
 
 
@@ -207,7 +207,7 @@ def _row_encoder(path: Path) -> Callable[[Molecule], str]:
 
 _CSV = Format(_split_csv, _parse_smiles, _encode_smiles)
 _SMILES = Format(_split_smiles, _parse_smiles, _encode_smiles)
-_FORMATS = {
+FORMATS = {
     ".sdf": SDF,
     ".sd": SDF,
     ".mol": SDF,
