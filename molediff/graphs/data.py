@@ -13,7 +13,7 @@ A graph that a model cannot hold becomes an ``Invalid`` with its place and the r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,15 @@ def read_graphs(path: str | Path, connected: bool = True) -> Iterator[nx.Graph |
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     for i, graph in enumerate(_raw(path)):
-        yield checked(graph, f"{path.name}, graph {i}", connected)
+        record = f"{path.name}, graph {i}"
+        if isinstance(graph, str):
+            yield Invalid(record, graph)
+        else:
+            yield checked(graph, record, connected)
 
 
-def _raw(path: Path) -> Iterator[nx.Graph]:
+def _raw(path: Path) -> Iterator[nx.Graph | str]:
+    """Graphs as they are, or what is wrong with one that can be skipped."""
     if path.is_dir():
         yield from _folder(path)
     elif path.suffix in _READERS:
@@ -83,7 +88,7 @@ def _raw(path: Path) -> Iterator[nx.Graph]:
         raise ValueError(f"{path}: graphs are read from {', '.join(_READERS)} and TU folders.")
 
 
-def _folder(path: Path) -> Iterator[nx.Graph]:
+def _folder(path: Path) -> Iterator[nx.Graph | str]:
     tu = sorted(path.glob("*_A.txt"))
     if tu:
         yield from read_tu(path, tu[0].name.removesuffix("_A.txt"))
@@ -129,10 +134,13 @@ def _read_graphml(path: Path) -> Iterator[nx.Graph]:
     yield from nx.readwrite.graphml.GraphMLReader()(path=str(path))
 
 
-def _read_graph6(path: Path) -> Iterator[nx.Graph]:
+def _read_graph6(path: Path) -> Iterator[nx.Graph | str]:
     for line in path.read_bytes().splitlines():
         if line.strip():
-            yield nx.from_graph6_bytes(line.strip())
+            try:
+                yield nx.from_graph6_bytes(line.strip())
+            except (nx.NetworkXError, ValueError, IndexError) as error:
+                yield f"not graph6: {error}"
 
 
 def _read_pickle(path: Path) -> Iterator[nx.Graph]:
@@ -155,7 +163,7 @@ def _from_state(kind: str, state: dict[Any, Any]) -> nx.Graph:
     return graph
 
 
-_READERS = {
+_READERS: dict[str, Callable[[Path], Iterator[nx.Graph | str]]] = {
     ".npz": _read_npz,
     ".graphml": _read_graphml,
     ".g6": _read_graph6,
@@ -173,21 +181,21 @@ def write_graphs(path: str | Path, graphs: Iterable[nx.Graph]) -> None:
         ValueError: another suffix.
     """
     path, graphs = Path(path), list(graphs)
+    if path.suffix not in (".g6", ".graphml", ".npz"):
+        raise ValueError(f"{path}: graphs are written to .g6, .graphml and .npz files.")
     if path.suffix == ".g6":
         with path.open("ab") as file:
             for graph in graphs:
                 file.write(nx.to_graph6_bytes(graph, header=False))
         return
-    old = list(_raw(path)) if path.exists() else []
-    if path.suffix == ".graphml":
-        writer = nx.readwrite.graphml.GraphMLWriter(prettyprint=True)
-        writer.add_graphs([*old, *graphs])
-        with path.open("wb") as file:
-            writer.dump(file)
-    elif path.suffix == ".npz":
+    old = [g for g in _raw(path) if not isinstance(g, str)] if path.exists() else []
+    if path.suffix == ".npz":
         _write_npz(path, [*old, *graphs])
-    else:
-        raise ValueError(f"{path}: graphs are written to .g6, .graphml and .npz files.")
+        return
+    writer = nx.readwrite.graphml.GraphMLWriter(prettyprint=True)
+    writer.add_graphs([*old, *graphs])
+    with path.open("wb") as file:
+        writer.dump(file)
 
 
 def _write_npz(path: Path, graphs: list[nx.Graph]) -> None:
