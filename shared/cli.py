@@ -23,6 +23,8 @@ from shared.configuration import ConfigurationError, nearest
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+Progress = Callable[[int, int], None]
+
 VERBS = {
     "train": "train a model; again in the same folder: go on",
     "sample": "generate with a trained model; again in the same folder: only what is missing",
@@ -41,6 +43,16 @@ EXAMPLES = {
 PATHS = ("out", "run", "path", "reference")
 POSITIONAL = ("evaluate", "report", "convert")
 MISTAKES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a verb says at its end: lines for the user, the main file or folder it wrote, and
+    whether everything that was asked for succeeded."""
+
+    lines: Sequence[str] = ()
+    path: Path | None = None
+    ok: bool = True
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,14 @@
 """What the verbs of the command lines do, as functions that Python programs can call too.
 
-Each takes a composed configuration (see ``shared.configuration.compose``) and returns an
-:class:`Outcome`; none of them prints.
+Each takes a composed configuration (see ``shared.configuration.compose``) and returns a
+``shared.cli.Outcome``; none of them prints. Those that judge are in ``shared.judging``.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,30 +18,18 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from shared import checkpoints, reports
-from shared.checkpoints import write_atomically
-from shared.cli import Program
-from shared.configuration import ConfigurationError, build, choose, option, plain
+from shared import checkpoints
+from shared.cli import Outcome, Program, Progress
+from shared.configuration import ConfigurationError, build, choose, plain
 from shared.denoisers import Denoise, Denoiser
-from shared.domains import Domain, Invalid
-from shared.metrics import Estimate
-from shared.reports import Section
+from shared.domains import Domain
+from shared.judging import evaluate, report
 from shared.runs import Run
-from shared.sample_folders import Folder, read_manifest
+from shared.sample_folders import Folder
 from shared.sampling import Memory
 from shared.sampling import sample as run_sampling
 
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a verb says at its end: lines for the user, the main file or folder it wrote, and
-    whether everything that was asked for succeeded."""
-
-    lines: Sequence[str] = ()
-    path: Path | None = None
-    ok: bool = True
+__all__ = ["Model", "convert", "evaluate", "load", "report", "sample", "state_keys", "train"]
 
 
 @dataclass(frozen=True)
@@ -173,7 +160,9 @@ def _sample_folder(config: DictConfig, run: Run) -> tuple[Path, int]:
             seed = json.loads(settings.read_text(encoding="utf-8")).get("seed")
         return Path(config.out), secrets.randbelow(2**31) if seed is None else seed
     seed = secrets.randbelow(2**31) if seed is None else seed
-    return run.samples / f"seed-{seed}-{_now()}", seed
+    own = (run.folder / "config.yaml").exists()  # a run folder, not a shipped model
+    folder = run.samples if own else Path("samples") / run.folder.name
+    return folder / f"seed-{seed}-{_now()}", seed
 
 
 def _device(name: str) -> torch.device:
@@ -196,150 +185,6 @@ def _guided(config: Any, denoiser: Denoiser, domain: Domain[Any]) -> Denoise:
             "another guidance."
         )
     return denoiser if guided is None else guided
-
-
-# -- evaluate ---------------------------------------------------------------------------------
-
-
-def evaluate(config: DictConfig, program: Program, progress: Progress | None = None) -> Outcome:
-    """Judge the items of a file or of a sample folder; writes metrics.json and report.html."""
-    path = Path(config.path)
-    settings = _settings(path)
-    domain = _domain(config, settings, program)
-    items = read_items(domain, path)
-    if not items:
-        raise ConfigurationError(f"{path} holds nothing to evaluate.")
-    reference = None
-    if config.reference is not None:
-        found = read_items(domain, Path(config.reference))
-        reference = [item for item in found if not isinstance(item, Invalid)]
-        if not reference:
-            raise ConfigurationError(f"reference={config.reference} holds no usable item.")
-    metrics = domain.metrics(items, reference)
-    folder = Path(config.out or (path if path.is_dir() else path.parent))
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {
-        "path": str(path.resolve()),
-        "reference": config.reference,
-        "metrics": {name: estimate.as_json() for name, estimate in metrics.items()},
-    }
-    write_atomically(folder / "metrics.json", (json.dumps(content, indent=1) + "\n").encode())
-    file = _report_of_items(folder / "report.html", domain, items, metrics, settings, path)
-    lines = [f"{name}: {estimate}" for name, estimate in metrics.items()]
-    return Outcome([*lines, f"report: {file}"], file)
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    """What a sample folder says about itself; nothing for other paths."""
-    file = path / "settings.json" if path.is_dir() else path.parent / "settings.json"
-    inside = path.is_dir() or path.name.startswith("samples.")
-    if not inside or not file.exists():
-        return {}
-    content = json.loads(file.read_text(encoding="utf-8"))
-    return content if isinstance(content, dict) else {}
-
-
-def _domain(config: Any, settings: Mapping[str, Any], program: Program) -> Domain[Any]:
-    """The domain given, that of the sample folder, or the program's first."""
-    if config.get("domain"):
-        chosen = config.domain
-    elif settings:
-        chosen = OmegaConf.create(settings["domain"])
-    elif program.default is not None:
-        chosen = option("domain", program.default)
-    else:
-        raise ConfigurationError(f"give domain=..., one of {', '.join(program.domains)}.")
-    program.check_domain(chosen)
-    domain: Domain[Any] = build(chosen)
-    if settings and not config.get("domain"):
-        domain.restore(settings["statistics"])
-    return domain
-
-
-def read_items(domain: Domain[Any], path: Path) -> list[Any]:
-    """The items of a file, or of a sample folder with an Invalid for each sample that has none.
-
-    Raises:
-        FileNotFoundError, ValueError: nothing there, or no format of the domain.
-    """
-    records = read_manifest(path) if path.is_dir() else []
-    if not records:
-        return list(domain.read(path))
-    last = {record.index: record for record in records}.values()
-    file = path / f"samples{domain.suffix}"
-    items = list(domain.read(file)) if file.exists() else []
-    return items + [Invalid(str(r.index), r.reason) for r in last if r.status != "ok"]
-
-
-# -- report -----------------------------------------------------------------------------------
-
-
-def report(config: DictConfig, program: Program, progress: Progress | None = None) -> Outcome:
-    """A report of a run folder (loss curves, its samples) or of a sample folder."""
-    path = Path(config.path)
-    if (path / "settings.json").exists():
-        settings = _settings(path)
-        domain = _domain(config, settings, program)
-        items = read_items(domain, path)
-        metrics = domain.metrics(items) if items else {}
-        file = Path(config.out or path) / "report.html"
-        return _reported(_report_of_items(file, domain, items, metrics, settings, path))
-    run = Run.open(path)
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for step, name, value in run.metrics():
-        curves.setdefault(name, []).append((step, value))
-    sections = [Section(name, reports.curve(points, name)) for name, points in curves.items()]
-    sections += [
-        Section(
-            "Last values",
-            reports.table(("name", "value"), [(k, v[-1][1]) for k, v in curves.items()]),
-        ),
-        Section("Configuration", reports.code(OmegaConf.to_yaml(OmegaConf.create(run.config)))),
-    ]
-    facts = {"seed": run.seed, "steps": max((s for s, _, _ in run.metrics()), default=0)}
-    folder = Path(config.out) if config.out else run.folder
-    return _reported(
-        reports.write(folder / "report.html", f"Training {path.name}", facts, sections)
-    )
-
-
-def _reported(file: Path) -> Outcome:
-    return Outcome((f"report: {file}",), file)
-
-
-def _report_of_items(
-    file: Path,
-    domain: Domain[Any],
-    items: Sequence[Any],
-    metrics: Mapping[str, Estimate],
-    settings: Mapping[str, Any],
-    path: Path,
-) -> Path:
-    good = [item for item in items if not isinstance(item, Invalid)]
-    reasons = Counter(item.reason for item in items if isinstance(item, Invalid))
-    solver = str((settings.get("solver") or {}).get("_target_", "")).rpartition(".")[2]
-    facts = {
-        "n": len(items),
-        "seed": settings.get("seed"),
-        "solver": solver,
-        "denoiser calls": settings.get("result", {}).get("nfe"),
-        "training steps": settings.get("step"),
-    }
-    shown = {k: v for k, v in settings.items() if k not in ("statistics", "result")}
-    sections = [
-        Section("Metrics", reports.metrics(metrics)),
-        Section("Samples", domain.view(good)),
-        Section("Failures", reports.failures(reasons, len(items))),
-        Section(
-            "Settings", reports.code(OmegaConf.to_yaml(OmegaConf.create(shown))) if shown else ""
-        ),
-        Section(
-            "Versions",
-            reports.table(("package", "version"), list(checkpoints.versions().items())),
-        ),
-    ]
-    known = {name: value for name, value in facts.items() if value not in (None, "")}
-    return reports.write(file, f"{domain.name}: {path.name}", known, sections)
 
 
 # -- convert ----------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class Images(Domain[Picture]):
     Args:
         data: 'digits' (1,797 grey images of 8 x 8 pixels, ten classes) or the path of an .npz file
             with ``images`` uint8 [n, height, width(, 3)] and, optionally, ``labels`` [n].
-        validation: share of the images kept for validation, every 1/validation-th.
+        validation: share of the images, drawn at random once for all, kept for validation.
         drop_label: how often training replaces the label by 'any class'.
 
     Raises:
@@ -116,7 +116,9 @@ class Images(Domain[Picture]):
 
     @cached_property
     def _held_out(self) -> np.ndarray:
-        return np.arange(len(self._arrays[0])) % round(1 / self.validation) == 0
+        # in random order: neighbours are alike (the digits come writer by writer, 0 to 9 in turn)
+        order = stream(0, 0, "images/split", 0).permutation(len(self._arrays[0]))
+        return order < self.validation * len(order)
 
     def datasets(self) -> tuple[Dataset[Any], Dataset[Any]]:
         images, labels = self._arrays
@@ -199,18 +201,24 @@ class Images(Domain[Picture]):
     ) -> dict[str, Estimate]:
         """Share of valid images, and the Frechet distance between Gaussians fitted to the first
         principal components of the training images (32, or fewer); the reference is the training
-        split unless given. It falls with more samples: compare at equal n only."""
+        split unless given. It falls with more samples, so compare at equal n only: beside it
+        stands that of as many validation images, or of all if there are fewer."""
         pictures = [item for item in items if not isinstance(item, Invalid)]
         out = {"valid": proportion(len(pictures), len(items))}
         if len(pictures) < 2:
             return out
         mean, axes = self._components
-        truth = self._arrays[0][~self._held_out] if reference is None else np.stack(reference)
-        centre = (self._flat(truth) - mean) @ axes
-        points = (self._flat(np.stack(pictures)) - mean) @ axes
-        out[f"frechet_pca{axes.shape[1]}"] = jackknife(
-            lambda p: frechet_distance(p, centre), points
-        )
+        images, held = self._arrays[0], self._held_out
+
+        def distance(these: np.ndarray, those: np.ndarray) -> Estimate:
+            points, centre = ((self._flat(v) - mean) @ axes for v in (these, those))
+            return jackknife(lambda p: frechet_distance(p, centre), points)
+
+        name = f"frechet_pca{axes.shape[1]}"
+        truth = images[~held] if reference is None else np.stack(reference)
+        out[name] = distance(np.stack(pictures), truth)
+        if reference is None:
+            out[f"{name}_of_validation"] = distance(images[held][: len(pictures)], truth)
         return out
 
     def _flat(self, images: np.ndarray) -> np.ndarray:
@@ -229,7 +237,10 @@ class Images(Domain[Picture]):
         if not len(items):
             return "<p>No images.</p>"
         zoom = max(1, 40 // max(self.shape[1:]))
-        data = files.png(np.stack(items[:100]), columns=min(len(items), 10), zoom=zoom)
+        tiles = np.stack(items[:100])
+        edges = [(0, 0), (0, 1), (0, 1), *[(0, 0)] * (tiles.ndim - 3)]
+        framed = np.pad(tiles, edges, constant_values=96)
+        data = files.png(framed, columns=min(len(items), 10), zoom=zoom)
         text = base64.b64encode(data).decode()
         return f'<img alt="{min(len(items), 100)} images" src="data:image/png;base64,{text}">'
 

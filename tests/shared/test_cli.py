@@ -90,10 +90,14 @@ def test_train_sample_evaluate_report(command, toys, tmp_path):
     }
     assert metrics["energy_distance"]["low"] < metrics["energy_distance"]["value"]
 
+    assert command("sample", f"run={toys}", "n=2", "steps=3", "seed=7")[0] == 0
+    assert len(list((toys / "samples").glob("seed-7-*/samples.csv"))) == 1
     for path in (samples, toys):
         status, out, _ = command("report", path, f"out={tmp_path / 'report'}")
         assert (status, out) == (0, f"report: {tmp_path}/report/report.html\n")
-    assert "loss" in (tmp_path / "report" / "report.html").read_text()
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "loss" in page
+    assert "seed-7-" in page
 
 
 def test_digits_with_classes_and_guidance(command, digits, tmp_path):

@@ -27,7 +27,7 @@ def test_data_are_scaled_labelled_and_split(digits):
     x = batch.state["x"]
     assert x.shape == (180, 1, 8, 8)
     assert (float(x.min()), float(x.max())) == (-1.0, 1.0)
-    assert set(batch.cond["label"].tolist()) == set(range(10))
+    assert np.bincount(batch.cond["label"]).min() > 8
 
 
 def test_training_hides_some_labels(digits):
@@ -105,7 +105,8 @@ def test_own_images_from_a_file(tmp_path):
     with pytest.raises(ValueError, match="no classes"):
         domain.template(0, [0], label=1)
     state = domain.collate([domain.datasets()[0][0]]).state
-    assert np.array_equal(domain.decode(state, None)[0], images[1])
+    first = int(np.flatnonzero(~domain._held_out)[0])
+    assert np.array_equal(domain.decode(state, None)[0], images[first])
     with pytest.raises(FileNotFoundError, match="no file"):
         Images("absent.npz").statistics()
 
