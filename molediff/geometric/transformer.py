@@ -79,7 +79,8 @@ class EquivariantTransformer(nn.Module):
         ``positions`` without mean over the real atoms, padding zero."""
         x = inputs["positions"] * self.angstrom
         h = self.embed(torch.cat([inputs[name] for name in self.features], -1))
-        v = h.new_zeros(*h.shape[:2], 3, self.vectors)
+        # zero, but made of h: all layers look alike, so a compiled layer is compiled once
+        v = h[:, :, None, :1] * h.new_zeros(3, self.vectors)
         code = self.time(code)
         if self.context is not None:
             code = code + self.context(None if cond is None else cond.get("context"), code)
