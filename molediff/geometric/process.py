@@ -28,20 +28,26 @@ def molecule_process(schedule: Schedule | None = None, *, charges: bool = False)
 
 
 def karras_heads(
-    types: int, *, scale: float = 0.25, position_std: float = POSITION_STD
+    types: int,
+    *,
+    scale: float = 0.25,
+    position_std: float = POSITION_STD,
+    charges: bool = False,
 ) -> dict[str, Head]:
     """Preconditioned data prediction for positions, a classifier for types.
 
     Args:
         types: number of elements. scale: value of a set entry of ``types``.
         position_std: standard deviation of a coordinate of the data, in model units.
+        charges: a head for formal charges too, of which most are zero.
     """
-    return {
+    heads = {
         "positions": Head(KarrasPreconditioned(position_std), Native()),
         "types": Head(
             KarrasPreconditioned(scale * types**-0.5), Native(), weight=0.5, categories=scale
         ),
     }
+    return heads | ({"charges": Head(KarrasPreconditioned(0.05), Native())} if charges else {})
 
 
 def fast_times() -> NormalLogSNR:
