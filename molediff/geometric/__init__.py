@@ -1,6 +1,6 @@
 """Molecules in three dimensions."""
 
-from molediff.geometric.convert import edm_options, edm_weights, invariant_weights
+from molediff.geometric.convert import edm_options, edm_weights, gdm_weights, invariant_weights
 from molediff.geometric.edm import (
     AtomDecoder,
     EDMSampler,
@@ -28,6 +28,7 @@ __all__ = [
     "edm_options",
     "edm_weights",
     "fast_times",
+    "gdm_weights",
     "invariant_weights",
     "karras_heads",
     "l2_loss",

@@ -34,13 +34,13 @@ def edm_weights(state: Mapping[str, Tensor], features: int) -> dict[str, Tensor]
     Raises:
         ValueError: no such keys, or a key that does not belong to an EGNN.
     """
-    weights = {}
-    for key, value in _inner(state).items():
-        if key.startswith("embedding_out."):
-            weights["readout" + key.removeprefix("embedding_out")] = value[:features].clone()
-        else:
-            weights[_renamed(key)] = value
-    return weights
+    return _with_readout(_inner(state), features)
+
+
+def gdm_weights(state: Mapping[str, Tensor], features: int) -> dict[str, Tensor]:
+    """The same for EDM's network without equivariance -> that of
+    :class:`molediff.geometric.gdm.GDM`; its keys contain ``gnn.`` in place of ``egnn.``."""
+    return _with_readout(_inner(state, "gnn."), 3 + features)
 
 
 def invariant_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -87,12 +87,23 @@ def edm_options(state: Mapping[str, Tensor], **settings: object) -> EGNNOptions:
     )
 
 
-def _inner(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    inner = {key.split("egnn.", 1)[1]: value for key, value in state.items() if "egnn." in key}
+def _with_readout(inner: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+    weights = {}
+    for key, value in inner.items():
+        if key.startswith("embedding_out."):
+            weights["readout" + key.removeprefix("embedding_out")] = value[:rows].clone()
+        else:
+            weights[_renamed(key)] = value
+    return weights
+
+
+def _inner(state: Mapping[str, Tensor], name: str = "egnn.") -> dict[str, Tensor]:
+    start = re.compile(rf"(^|\.){re.escape(name)}")
+    inner = {key[m.end() :]: value for key, value in state.items() if (m := start.search(key))}
     if not inner:
         raise ValueError(
             f"no EGNN weights among {len(state)} keys (first: {next(iter(state), None)}); "
-            "expected keys with 'egnn.'."
+            f"expected keys with '{name}'."
         )
     return inner
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from molediff.geometric.convert import gdm_weights
 from molediff.geometric.egnn import EGNNOptions
 from molediff.geometric.gdm import GDM, random_rotations
 
@@ -44,3 +45,27 @@ def test_augmentation_equals_rotated_data():
     plain = net.eval()({"positions": x @ turn, "types": types}, code)
     torch.testing.assert_close(out["positions"], plain["positions"] @ turn.mT)
     torch.testing.assert_close(out["types"], plain["types"])
+
+
+def test_published_names():
+    net = GDM({"types": 5}, options=EGNNOptions(width=8, layers=2))
+    names = {
+        "edge.first": "edge_mlp.0",
+        "edge.second": "edge_mlp.2",
+        "attention": "att_mlp.0",
+        "node.": "node_mlp.",
+        "layers.": "gcl_",
+        "readout": "embedding_out",
+    }
+    published = {}
+    for key, value in net.state_dict().items():
+        if key.startswith("readout"):  # a row for time, never used
+            value = torch.cat([value, value[:1] * 0 + 7])
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        published[f"dynamics.gnn.{key}"] = value
+    weights = gdm_weights(published, 5)
+    assert weights.keys() == net.state_dict().keys()
+    assert all(torch.equal(v, weights[k]) for k, v in net.state_dict().items())
+    with pytest.raises(ValueError, match=r"'gnn\."):
+        gdm_weights({"dynamics.egnn.embedding.weight": torch.zeros(1)}, 5)
