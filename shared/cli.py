@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,23 +25,58 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb of a command line. Its keys are those of ``configs/NAME.yaml``.
+
+    Args:
+        help: what it does, in a line.
+        action: 'module:function', imported when it is used; (configuration, program, progress)
+            -> :class:`Outcome`.
+        bare: whether a word that is not ``key=value`` is the ``path``.
+        examples: what may follow it.
+    """
+
+    help: str
+    action: str
+    bare: bool = False
+    examples: tuple[str, ...] = ()
+
+    def __call__(self, config: DictConfig, program: Program, progress: Progress) -> Outcome:
+        module, _, function = self.action.partition(":")
+        outcome: Outcome = getattr(import_module(module), function)(config, program, progress)
+        return outcome
+
+
 VERBS = {
-    "train": "train a model; again in the same folder: go on",
-    "sample": "generate with a trained model; again in the same folder: only what is missing",
-    "evaluate": "measure files or samples of any origin",
-    "report": "write one HTML page about a run or a folder of samples",
-    "convert": "turn the checkpoint of another program into a run folder",
-    "doctor": "say what this installation can do",
-}
-EXAMPLES = {
-    "sample": ("run=runs/mine n=100 solver=dpmpp_2m steps=50 seed=0 out=samples",),
-    "evaluate": ("samples", "mine.npz reference=theirs.npz out=evaluation"),
-    "report": ("runs/mine",),
-    "convert": ("checkpoint.pt out=runs/converted",),
-    "doctor": ("",),
+    "train": Verb("train a model; again in the same folder: go on", "shared.verbs:train"),
+    "sample": Verb(
+        "generate with a trained model; again in the same folder: only what is missing",
+        "shared.verbs:sample",
+        examples=("run=runs/mine n=100 solver=dpmpp_2m steps=50 seed=0 out=samples",),
+    ),
+    "evaluate": Verb(
+        "measure files or samples of any origin",
+        "shared.judging:evaluate",
+        bare=True,
+        examples=("samples", "mine.npz reference=theirs.npz out=evaluation"),
+    ),
+    "report": Verb(
+        "write one HTML page about a run or a folder of samples",
+        "shared.judging:report",
+        bare=True,
+        examples=("runs/mine",),
+    ),
+    "convert": Verb(
+        "turn the checkpoint of another program into a run folder",
+        "shared.verbs:convert",
+        bare=True,
+        examples=("checkpoint.pt out=runs/converted",),
+    ),
+    "doctor": Verb("say what this installation can do", "shared.doctor:doctor", examples=("",)),
 }
 PATHS = ("out", "run", "path", "reference")
-POSITIONAL = ("evaluate", "report", "convert")
 MISTAKES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 
@@ -71,7 +106,8 @@ class Converter:
 @dataclass(frozen=True)
 class Program:
     """One command line. ``packages``: where its domains live, as prefixes of ``_target_``;
-    ``default``: the domain to judge files with when nothing else tells, if there is one."""
+    ``default``: the domain to judge files with when nothing else tells, if there is one;
+    ``more``: verbs of its own."""
 
     name: str
     title: str
@@ -79,6 +115,12 @@ class Program:
     default: str | None = None
     examples: tuple[str, ...] = ()
     converters: tuple[Converter, ...] = field(default=(), repr=False)
+    more: Mapping[str, Verb] = field(default_factory=dict, repr=False)
+
+    @property
+    def verbs(self) -> dict[str, Verb]:
+        """Name -> verb, the common ones first."""
+        return {**VERBS, **self.more}
 
     @property
     def domains(self) -> list[str]:
@@ -140,28 +182,26 @@ def _dispatch(program: Program, arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"{program.name} {metadata.version('molediff')}")
         return 0
-    verb, *rest = arguments
-    if verb not in VERBS:
-        raise ConfigurationError(f"no verb '{verb}'{nearest(verb, VERBS)} ({', '.join(VERBS)})")
+    name, *rest = arguments
+    verbs = program.verbs
+    if name not in verbs:
+        raise ConfigurationError(f"no verb '{name}'{nearest(name, verbs)} ({', '.join(verbs)})")
     if any(word in ("-h", "--help") for word in rest):
-        print(help_on(program, verb))
-        return 0
-    if verb == "doctor":
-        from shared import doctor
-
-        configuration.reject_unknown("doctor", rest, ())
-        print(doctor.describe())
+        print(help_on(program, name))
         return 0
     sweep = any(word in ("-m", "--multirun") for word in rest)
     words = [word for word in rest if word not in ("-m", "--multirun")]
+    given = overrides(name, words, bare=verbs[name].bare, quote=not sweep)
     if sweep:
-        return _sweep(program, verb, overrides(verb, words, quote=False))
-    return execute(program, verb, configuration.compose(verb, overrides(verb, words)))
+        return _sweep(program, name, given)
+    return execute(program, name, configuration.compose(name, given))
 
 
-def overrides(verb: str, words: Sequence[str], *, quote: bool = True) -> list[str]:
-    """Words of the command line -> Hydra overrides: a bare path becomes ``path=``, ``request.``
-    keys are added, paths may hold any character (``quote``), ``launcher`` may be called
+def overrides(
+    verb: str, words: Sequence[str], *, bare: bool = False, quote: bool = True
+) -> list[str]:
+    """Words of the command line -> Hydra overrides: a ``bare`` word becomes ``path=``, keys of
+    ``request.`` are added, paths may hold any character (``quote``), ``launcher`` may be called
     ``hydra.launcher``.
 
     Raises:
@@ -170,8 +210,7 @@ def overrides(verb: str, words: Sequence[str], *, quote: bool = True) -> list[st
     out = []
     for word in words:
         key, equals, value = word.partition("=")
-        bare = not equals and not word.startswith("-")
-        if verb in POSITIONAL and (bare or Path(word).exists()):
+        if bare and ((not equals and not word.startswith("-")) or Path(word).exists()):
             key, equals, value = "path", "=", word
         elif not equals and not key.startswith("~"):
             raise ConfigurationError(
@@ -190,11 +229,9 @@ def overrides(verb: str, words: Sequence[str], *, quote: bool = True) -> list[st
 
 def execute(program: Program, verb: str, config: DictConfig) -> int:
     """Run a verb with its progress bar and print what it has to say."""
-    from shared import verbs  # imports torch and lightning; help and mistakes need neither
-
     check_numbers(config)
     with Bar(verb) as bar:
-        outcome = getattr(verbs, verb)(config, program, bar)
+        outcome = program.verbs[verb](config, program, bar)
     print("\n".join(outcome.lines))
     return 0 if outcome.ok else 1
 
@@ -277,7 +314,7 @@ def _job(program: Program, verb: str, config: DictConfig) -> int:
 
 def overview(program: Program) -> str:
     """The help of the whole program."""
-    verbs = "\n".join(f"  {verb:<9} {text}" for verb, text in VERBS.items())
+    verbs = "\n".join(f"  {name:<9} {verb.help}" for name, verb in program.verbs.items())
     examples = "\n".join(f"  {program.name} {example}" for example in program.examples)
     return (
         f"{program.title}\n\nusage: {program.name} VERB key=value ...   ({program.name} VERB "
@@ -286,15 +323,15 @@ def overview(program: Program) -> str:
     )
 
 
-def help_on(program: Program, verb: str) -> str:
+def help_on(program: Program, name: str) -> str:
     """The help of one verb: its keys as its file explains them, and the options of its groups."""
-    lines = [f"{program.name} {verb}: {VERBS[verb]}", ""]
-    if verb != "doctor":
-        lines += ["keys:", *_keys(verb), "", "choices:", *_choices(program, verb), ""]
-        lines += ["-m, --multirun: run every combination of values given as a,b,c", ""]
-    own = [e.partition(" ")[2] for e in program.examples if e.startswith(f"{verb} ")]
-    examples = own or EXAMPLES.get(verb, ())
-    return "\n".join([*lines, "examples:", *(f"  {program.name} {verb} {e}" for e in examples)])
+    verb, choices = program.verbs[name], _choices(program, name)
+    lines = [f"{program.name} {name}: {verb.help}", "", "keys:", *_keys(name), ""]
+    lines += ["choices:", *choices, ""] * bool(choices)
+    lines += ["-m, --multirun: run every combination of values given as a,b,c", ""]
+    own = [e.partition(" ")[2] for e in program.examples if e.startswith(f"{name} ")]
+    examples = own or verb.examples
+    return "\n".join([*lines, "examples:", *(f"  {program.name} {name} {e}" for e in examples)])
 
 
 def _keys(verb: str) -> list[str]:

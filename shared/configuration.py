@@ -234,8 +234,9 @@ def build(config: Any, /, **arguments: Any) -> Any:
     """
     if not config:
         return None
-    _check_targets(config)
     target = str(config.get("_target_", "?"))
+    check_complete(target, config)
+    _check_targets(config)
     try:
         if not arguments:
             return instantiate(config, _convert_="all")

@@ -7,11 +7,13 @@ import platform
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from shared import configuration
 from shared.checkpoints import versions
+from shared.cli import Outcome, Program, Progress
 from shared.runs import pretrained
 
 
@@ -47,6 +49,11 @@ OPTIONAL = (
     Optional("wandb", "wandb", "logger=wandb"),
     Optional("diffusers", "diffusers", "comparisons with its schedulers", "peers"),
 )
+
+
+def doctor(config: Any, program: Program, progress: Progress | None = None) -> Outcome:
+    """The verb."""
+    return Outcome((describe(),))
 
 
 def describe() -> str:

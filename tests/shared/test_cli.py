@@ -15,7 +15,7 @@ import torch
 from molediff.cli import PROGRAM as MOLEDIFF
 from pointdiff.cli import PROGRAM as POINTDIFF
 from shared import cli, configuration
-from shared.cli import VERBS, Converter
+from shared.cli import VERBS, Converter, Outcome, Verb
 from shared.images.cli import PROGRAM as IMAGEDIFF
 from shared.runs import Run
 from shared.verbs import load
@@ -201,7 +201,7 @@ def test_sweeps_run_every_combination(command, toys, tmp_path):
         (["train", "experiment=digit"], "did you mean 'digits'?"),
         (["train", "experiment=toys", "trainer.max_step=3"], "did you mean 'trainer.max_steps'?"),
         (["evaluate", "absent.npz"], "absent.npz"),
-        (["doctor", "now"], "unknown key 'now'"),
+        (["doctor", "now"], "'now' is not key=value"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(command, words, message):
@@ -334,7 +334,8 @@ def test_every_documented_command_composes():
         _, verb, *words = line.split()
         sweep = "-m" in words
         words = [w.partition(",")[0] if sweep else w for w in words if w != "-m"]
-        config = configuration.compose(verb, cli.overrides(verb, words))
+        given = cli.overrides(verb, words, bare=VERBS[verb].bare)
+        config = configuration.compose(verb, given)
         cli.check_numbers(config)
 
 
@@ -369,11 +370,25 @@ def test_help_and_version(command, program):
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_on_every_verb(command, verb):
     status, out, _ = command(verb, "--help")
-    assert (status, VERBS[verb] in out, f"imagediff {verb}" in out) == (0, True, True)
+    assert (status, VERBS[verb].help in out, f"imagediff {verb}" in out) == (0, True, True)
     if verb == "sample":
         assert "steps=50" in out
         assert "denoiser calls per sample" in out
         assert "dpmpp_2m" in out
+
+
+def count(config, program, progress):
+    progress(1, 2)
+    progress(2, 2)
+    return Outcome((f"{config.path} by {program.name}",), ok=False)
+
+
+def test_programs_add_verbs(command):
+    verb = Verb("counts", f"{__name__}:count", bare=True, examples=("things",))
+    program = replace(IMAGEDIFF, more={"report": verb})
+    assert "counts" in command("--help", program=program)[1]
+    assert "imagediff report things" in command("report", "--help", program=program)[1]
+    assert command("report", "x y.csv", program=program)[:2] == (1, "x y.csv by imagediff\n")
 
 
 def test_the_doctor_is_a_verb(command):
