@@ -104,7 +104,7 @@ def test_choose_takes_overrides():
         choose("schedule", "vp_liner")
     with pytest.raises(ConfigurationError, match="did you mean 'schedule'"):
         choose("schedules", "vp_linear")
-    with pytest.raises(ConfigurationError, match="Images: 'data' is missing"):
+    with pytest.raises(ConfigurationError, match="Images: 'domain.data' is missing"):
         choose("domain", "images")
     with pytest.raises(ConfigurationError, match="Karras.*sigma_min < sigma_max"):
         choose("schedule", "karras", sigma_min=100.0)
