@@ -109,8 +109,11 @@ def _openbabel(molecule: Molecule, positions: np.ndarray) -> Molecule:
         atom.SetVector(*xyz)
     mol.EndModify()
     mol.SetTotalCharge(molecule.charge)
+    level = openbabel.obErrorLog.GetOutputLevel()
+    openbabel.obErrorLog.SetOutputLevel(0)
     mol.ConnectTheDots()
     mol.PerceiveBondOrders()
+    openbabel.obErrorLog.SetOutputLevel(level)
     links = list(openbabel.OBMolBondIter(mol))
     pairs = [(b.GetBeginAtomIdx() - 1, b.GetEndAtomIdx() - 1) for b in links]
     return molecule.replace(

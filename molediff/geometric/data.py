@@ -62,7 +62,8 @@ class MoleculeData(Dataset[Molecule]):
         self.sizes = np.diff(self.offsets)[self.rows]
 
     def _array(self, name: str) -> np.ndarray:
-        return np.load(self.path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        array: np.ndarray = np.load(self.path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        return array
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MoleculeData, (self.path, self.rows)  # workers map the files themselves

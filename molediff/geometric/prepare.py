@@ -11,6 +11,7 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -255,18 +256,15 @@ def _build(
 ) -> None:
     writer = _Writer(folder, options)
     try:
-        for count, (record, item) in enumerate(source.records()):
-            if options.limit is not None and count >= options.limit:
-                break
-            known = isinstance(item, Invalid) or source.split is None
-            if known or source.split[record] >= 0:  # type: ignore[index]
-                writer.add(record, item)
-            else:
+        for record, item in islice(source.records(), options.limit):
+            left_out = source.split is not None and source.split[record] < 0
+            if left_out and isinstance(item, Molecule):
                 writer.excluded += 1
+            else:
+                writer.add(record, item)
     finally:
         writer.close()
-    m = len(writer.records)
-    if m == 0:
+    if not writer.records:
         reasons = "; ".join(reason for reason, _ in writer.reasons.most_common(3))
         raise ValueError(f"{origin['path']} holds no molecule that can be used: {reasons}")
     records = np.array(writer.records)
@@ -274,30 +272,39 @@ def _build(
         split = random_split(np.array(writer.groups), options.fractions, options.seed)
     else:
         split = source.split[records]
-    values = _property_array(writer, m)
-    arrays = {"offsets": np.array(writer.offsets), "record": records, "split": split}
-    for name, content in (arrays | {"properties": values}).items():
+    arrays = {
+        "offsets": np.array(writer.offsets),
+        "record": records,
+        "split": split,
+        "properties": _property_array(writer, len(records)),
+    }
+    for name, content in arrays.items():
         np.save(folder / f"{name}.npy", content, allow_pickle=False)
-    units = {**source.units, **options.units}
     info = {
         "format": FORMAT,
         "source": {"kind": source.name, **origin},
         "options": asdict(options),
         "fingerprint": fingerprint,
-        "molecules": m,
+        **_description(writer, arrays, {**source.units, **options.units}),
+    }
+    (folder / "data.json").write_text(json.dumps(info, indent=1) + "\n")
+
+
+def _description(
+    writer: _Writer, arrays: Mapping[str, np.ndarray], units: Mapping[str, str]
+) -> dict[str, Any]:
+    split, reasons = arrays["split"], writer.reasons
+    return {
+        "molecules": len(split),
         "atoms": int(writer.offsets[-1]),
         "elements": sorted(writer.elements),
         "splits": {name: int((split == k).sum()) for k, name in enumerate(SPLITS)},
         "histogram": _histogram(np.diff(arrays["offsets"])[split == 0]),
-        "properties": _statistics(writer.columns, values[split == 0], units),
+        "properties": _statistics(writer.columns, arrays["properties"][split == 0], units),
         "open_hydrogens": writer.open_hydrogens,
         "excluded": writer.excluded,
-        "invalid": {
-            "count": sum(writer.reasons.values()),
-            "reasons": dict(writer.reasons.most_common(50)),
-        },
+        "invalid": {"count": reasons.total(), "reasons": dict(reasons.most_common(50))},
     }
-    (folder / "data.json").write_text(json.dumps(info, indent=1) + "\n")
 
 
 def random_split(groups: np.ndarray, fractions: Sequence[float], seed: int) -> np.ndarray:

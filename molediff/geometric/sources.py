@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rdkit import Chem, rdBase
@@ -300,7 +301,7 @@ def embed(molecule: Molecule, seed: int = 0) -> Molecule:
     with rdBase.BlockLogs():
         given = Chem.MolFromSmiles(text) if isinstance(text, str) else None
         mol = Chem.AddHs(given if given is not None else molecule.to_rdkit())
-        settings = rdDistGeom.ETKDGv3()
+        settings: Any = rdDistGeom.ETKDGv3()
         settings.randomSeed = seed
         settings.timeout = 30
         if rdDistGeom.EmbedMolecule(mol, settings) != 0:

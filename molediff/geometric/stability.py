@@ -75,13 +75,13 @@ def edm_graph(
         orders: [n, n] bond orders 0..3.
         single_bonds: every bond counts as single.
     """
-    kinds = (None, Chem.BondType.SINGLE, Chem.BondType.DOUBLE, Chem.BondType.TRIPLE)
+    kinds = (Chem.BondType.SINGLE, Chem.BondType.DOUBLE, Chem.BondType.TRIPLE)
     mol = Chem.RWMol()
     for z in atomic_numbers.tolist():
         mol.AddAtom(Chem.Atom(z))
     i, j = np.nonzero(np.triu(orders))
     for a, b, order in zip(i.tolist(), j.tolist(), orders[i, j].tolist(), strict=True):
-        mol.AddBond(a, b, kinds[1 if single_bonds else order])
+        mol.AddBond(a, b, kinds[0 if single_bonds else order - 1])
     return mol
 
 

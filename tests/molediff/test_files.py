@@ -239,10 +239,11 @@ def test_mutated_files_never_crash_or_hang(tmp_path, molecules):
     seeds = [tmp_path / name for name in ("v2.sdf", "v3.sdf", "plain.xyz")]
     texts = [path.read_text() for path in seeds]
     rng, slowest, found = random.Random(0), 0.0, {Molecule: 0, Invalid: 0}
+    refusals = []
     for i in range(FUZZ):
         path = tmp_path / f"fuzz{seeds[i % 3].suffix}"
         path.write_text(mutated(texts[i % 3], rng), encoding="utf-8")
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             for item in read(path):
                 found[type(item)] += 1
@@ -250,10 +251,11 @@ def test_mutated_files_never_crash_or_hang(tmp_path, molecules):
                     assert np.abs(item.positions if item.positions is not None else 0).max() <= 1e4
                 else:
                     json.dumps([item.record, item.reason])
-        except ValueError as error:
-            assert "empty" in str(error) or "no molecules" in str(error)
-        slowest = max(slowest, time.perf_counter() - start)
+        except ValueError as error:  # an edit may leave no record at all
+            refusals.append(str(error))
+        slowest = max(slowest, time.process_time() - start)
     assert slowest < 1.0
+    assert all(r.endswith(("is empty", "holds no molecules")) for r in refusals)
     assert min(found.values()) > FUZZ // 10
 
 
