@@ -1,5 +1,8 @@
 """Solvers: one file per family, all tables but the adaptive ones."""
 
+from shared.solvers.adaptive import RK45 as RK45
+from shared.solvers.adaptive import AdaptiveSDE as AdaptiveSDE
+from shared.solvers.adaptive import DPMSolverAdaptive as DPMSolverAdaptive
 from shared.solvers.ancestral import DDIM as DDIM
 from shared.solvers.ancestral import DDPM as DDPM
 from shared.solvers.ancestral import DDIMInversion as DDIMInversion
