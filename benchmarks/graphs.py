@@ -2,7 +2,7 @@
 networks beside their plain formulation.
 
     python benchmarks/graphs.py CHECKPOINT --data DATA [--test-indices JSON] [--n N] [--seeds K]
-        [--steps 50,100,1000] [--solver published|s4|ddim|dpmpp_2m|unipc|heun|...]
+        [--steps 50,100,1000] [--solver published|s4|pc|sde|sde_2m|ddim|dpmpp_2m|unipc|heun]
         [--speed] [--small] [--out FOLDER]
 
 DATA is what the model was trained on (any format of molediff.graphs.data, or SMILES): it gives
@@ -187,18 +187,22 @@ def recipe(
         grid = solvers.ScoreSDETimes(eps=settings["eps"])
         return solver, lambda lead: grid(lead, scales)
     calls = 100 if steps is None else steps
+    exact = solvers.DPMSolverMultistep
+    langevin = solvers.Langevin(0.15, noise_scale=0.7)
     found: dict[str, Solver] = {
-        "s4": solvers.SymmetricSplitting(solvers.Langevin(0.15, noise_scale=0.7)),
-        "ddim": solvers.DPMSolverMultistep(points=1, denoise_to_zero=True),
-        "dpmpp_2m": solvers.DPMSolverMultistep(points=2, denoise_to_zero=True),
-        "dpmpp_2m_sde": solvers.DPMSolverMultistep(points=2, eta=1.0, denoise_to_zero=True),
+        "s4": solvers.SymmetricSplitting(langevin),
+        "pc": solvers.PredictorCorrector(exact(points=1, eta=1.0), langevin),
+        "sde": exact(points=1, eta=1.0, denoise_to_zero=True),
+        "sde_2m": exact(points=2, eta=1.0, denoise_to_zero=True),
+        "ddim": exact(points=1, denoise_to_zero=True),
+        "dpmpp_2m": exact(points=2, denoise_to_zero=True),
         "unipc": solvers.UniPC(),
         "heun": solvers.Heun(),
     }
     if name not in found:
         raise SystemExit(f"--solver {name}: choose published, {', '.join(found)}.")
     solver = found[name]
-    times = solvers.LogSNRTimes(t_end=1e-2)
+    times = solvers.PowerTimes(t_end=1e-2)
     return solver, lambda lead: times(lead, max(solver.intervals(calls), 1))
 
 

@@ -47,11 +47,8 @@ def propagate(adjacency: Tensor, x: Tensor) -> Tensor:
     return out
 
 
-def mean_tanh(q: Tensor, k: Tensor) -> Tensor:
-    """The mean over the heads of tanh(q . k / 2), [C, n, n, b]; ``q``, ``k`` [C, H, d, n, b].
-
-    tanh(s / 2) = 2 sigmoid(s) - 1, and a sigmoid costs a fraction of a tanh.
-    """
+def sum_of_sigmoids(q: Tensor, k: Tensor) -> Tensor:
+    """The sum over the heads of sigmoid(q . k), [C, n, n, b]; ``q``, ``k`` [C, H, d, n, b]."""
     if torch.is_grad_enabled() or q.shape[-1] < LONG_ROW:
         q, k = q.permute(0, 1, 4, 3, 2), k.permute(0, 1, 4, 2, 3)
         scores = (q.contiguous() @ k.contiguous()).permute(0, 1, 3, 4, 2)
@@ -59,13 +56,20 @@ def mean_tanh(q: Tensor, k: Tensor) -> Tensor:
         scores = q[:, :, 0, :, None] * k[:, :, 0, None]
         for d in range(1, q.shape[2]):
             scores.addcmul_(q[:, :, d, :, None], k[:, :, d, None])
-    return torch.sigmoid(scores).mean(1).mul_(2.0).sub_(1.0)
+    return torch.sigmoid(scores).sum(1)
 
 
-def normalised(adjacency: Tensor) -> Tensor:
+def elu(x: Tensor) -> Tensor:
+    """ELU as max(exp(min(x, 0)) - 1, x), which is quicker than expm1."""
+    if torch.is_grad_enabled():
+        return F.elu(x)
+    low = x.clamp(max=0.0).exp_().sub_(1.0)
+    return torch.maximum(low, x, out=low)
+
+
+def normalised(looped: Tensor) -> Tensor:
     """D^-1/2 (A + I) D^-1/2 with degrees of at least 1 (noisy adjacencies can be negative);
-    ``adjacency`` [C, n, n, b] with zero diagonal."""
-    looped = adjacency + torch.eye(adjacency.shape[1]).to(adjacency)[..., None]
+    ``looped`` = A + I, [C, n, n, b]."""
     scale = looped.sum(2).clamp(min=1.0).rsqrt()
     return looped * scale[:, :, None] * scale[:, None]
 
@@ -93,15 +97,17 @@ class Pairs:
         """Symmetric [C, n, n, b] -> [C, pairs]."""
         return dense.flatten(1).index_select(1, self.upper)
 
-    def symmetrised(self, dense: Tensor) -> Tensor:
-        """The symmetric part of [C, n, n, b] -> [C, pairs]."""
+    def both_ways(self, dense: Tensor) -> Tensor:
+        """The sum of (i, j) and (j, i) of [C, n, n, b] -> [C, pairs]."""
         flat = dense.flatten(1)
-        return 0.5 * (flat.index_select(1, self.upper) + flat.index_select(1, self.lower))
+        return flat.index_select(1, self.upper) + flat.index_select(1, self.lower)
 
-    def scatter(self, edges: Tensor) -> Tensor:
-        """[C, pairs] -> symmetric [C, n, n, b], zero elsewhere."""
+    def scatter(self, edges: Tensor, diagonal: float = 0.0) -> Tensor:
+        """[C, pairs] -> symmetric [C, n, n, b] with the given diagonal, zero elsewhere."""
         n, b = self.mask.shape
-        dense = edges.new_zeros(len(edges), n * n * b)
+        dense = edges.new_zeros(len(edges), n * n, b)
+        dense[:, :: n + 1] = diagonal
+        dense = dense.reshape(len(edges), -1)
         dense = dense.index_copy_(1, self.upper, edges).index_copy_(1, self.lower, edges)
         return dense.reshape(-1, n, n, b)
 
@@ -132,9 +138,9 @@ class Perceptron(nn.Module):
         return self.after_first(self._linear(0, x))
 
     def after_first(self, x: Tensor) -> Tensor:
-        """The rest, given the output of the first linear layer (which is overwritten)."""
+        """The rest, given the output of the first linear layer."""
         for k in range(1, len(self.linears)):
-            x = self._linear(k, F.elu(x, inplace=True))
+            x = self._linear(k, elu(x))
         return x
 
     def _linear(self, k: int, x: Tensor) -> Tensor:
@@ -203,14 +209,15 @@ class AttentionLayer(nn.Module):
 
     def forward(self, x: Tensor, edges: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """``x`` [F, n, b], ``edges`` [C, pairs] -> new ones, or what came where none are made."""
-        heard = propagate(normalised(pairs.scatter(edges)), x).flatten(2)  # [C, F, n b]
+        heard = propagate(normalised(pairs.scatter(edges, 1.0)), x).flatten(2)  # [C, F, n b]
         shape = x.shape
         if self.to_nodes:
             mixed = torch.tanh(self.mix_nodes.after_first(self._mixed_values(heard)))
             x = mixed.reshape(-1, *shape[1:]) * pairs.mask
         if self.to_edges:
-            scores = mean_tanh(*self._queries_and_keys(heard, shape))
-            both = torch.cat([pairs.symmetrised(scores), edges])
+            sums = pairs.both_ways(sum_of_sigmoids(*self._queries_and_keys(heard, shape)))
+            scores = sums / self.heads - 1.0  # tanh(s / 2) = 2 sigmoid(s) - 1
+            both = torch.cat([scores, edges])
             edges = self.mix_edges(both).mul(2.0)  # E + E^T of a symmetric E
         return x, edges
 
@@ -224,7 +231,8 @@ class AttentionLayer(nn.Module):
         return torch.addmm(bias[:, None], weight, heard.reshape(weight.shape[1], -1))
 
     def _queries_and_keys(self, heard: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Both [C, H, d, n, b], the queries scaled (see :func:`mean_tanh`)."""
+        """Both [C, H, d, n, b]; a query times a key is twice the published score, because a
+        sigmoid costs a fraction of a tanh."""
         scale = 2.0 / math.sqrt(self.outputs)
         weight = torch.cat([scale * self.query, self.key], -1).transpose(1, 2)
         bias = torch.cat([scale * self.query_bias, self.key_bias], -1)[..., None]
@@ -281,7 +289,8 @@ class NodeConvolutionNetwork(nn.Module):
 
     def forward(self, x: Tensor, adjacency: Tensor, pairs: Pairs) -> Tensor:
         """``x`` [F, n, b], ``adjacency`` [n, n, b] -> [F, n, b]."""
-        norm, seen = normalised(adjacency[None]), [x]
+        loops = torch.eye(len(adjacency)).to(adjacency)[..., None]
+        norm, seen = normalised((adjacency + loops)[None]), [x]
         for layer in self.layers:
             seen.append(torch.tanh(layer(seen[-1], norm)))
         out: Tensor = self.final(torch.cat(seen).flatten(1))

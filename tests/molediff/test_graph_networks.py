@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from molediff.graphs import convert, networks
-from molediff.graphs.networks import GraphScoreNetwork, Pairs, Perceptron, mean_tanh, propagate
+from molediff.graphs.networks import (
+    GraphScoreNetwork,
+    Pairs,
+    Perceptron,
+    propagate,
+    sum_of_sigmoids,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {"QM9": "gdss/gdss_qm9.pth", "community_small": "gdss/gdss_community_small.pth"}
@@ -184,11 +190,11 @@ def test_products_have_two_forms() -> None:
     gen = torch.Generator().manual_seed(0)
     a, x = torch.randn(3, 5, 5, 20, generator=gen), torch.randn(4, 5, 20, generator=gen)
     q, k = torch.randn(2, 3, 4, 2, 5, 20, generator=gen)
-    long, short = propagate(a, x), mean_tanh(q, k)
+    long, short = propagate(a, x), sum_of_sigmoids(q, k)
     with torch.no_grad():
         assert torch.allclose(propagate(a, x), long, atol=1e-5)
-        assert torch.allclose(mean_tanh(q, k), short, atol=1e-5)
-    wanted = torch.tanh(torch.einsum("chdib,chdjb->chijb", q, k) / 2).mean(1)
+        assert torch.allclose(sum_of_sigmoids(q, k), short, atol=1e-5)
+    wanted = torch.sigmoid(torch.einsum("chdib,chdjb->chijb", q, k)).sum(1)
     assert torch.allclose(short, wanted, atol=1e-6)
     assert torch.allclose(long, torch.einsum("cijb,fjb->cfib", a, x), atol=1e-5)
 
