@@ -22,7 +22,8 @@ def sinusoidal(
     and U-ViT cosines first without it. An odd ``width`` ends in a zero.
     """
     half = width // 2
-    steps = torch.arange(half, dtype=torch.float32, device=code.device)
+    exact = torch.promote_types(code.dtype, torch.float32)
+    steps = torch.arange(half, dtype=exact, device=code.device)
     angle = code[:, None] * torch.exp(-math.log(max_period) * steps / max(1, half - endpoint))
     pair = (angle.cos(), angle.sin()) if cosine_first else (angle.sin(), angle.cos())
     return nn.functional.pad(torch.cat(pair, dim=1), (0, width % 2))
