@@ -82,12 +82,12 @@ class Frame:
     def enter(self, points: Cloud) -> Cloud:
         """World -> model, float32."""
         moved = (np.asarray(points, np.float64) - np.array(self.centre)) / self.scale
-        return moved.astype(np.float32)
+        return np.asarray(moved, np.float32)
 
     def leave(self, points: Cloud) -> Cloud:
         """Model -> world, float32."""
         moved = np.asarray(points, np.float64) * self.scale + np.array(self.centre)
-        return moved.astype(np.float32)
+        return np.asarray(moved, np.float32)
 
 
 def resample(points: Cloud, n: int, generator: np.random.Generator) -> Cloud:

@@ -203,7 +203,7 @@ def sample_surface(triangles: np.ndarray, n: int, seed: int = 0) -> Cloud:
     face = np.searchsorted(area.cumsum() / area.sum(), generator.random(n), side="right")
     face = face.clip(max=len(area) - 1)
     u, v = np.sqrt(generator.random((n, 1))), generator.random((n, 1))
-    return (1 - u) * a[face] + u * (1 - v) * b[face] + u * v * c[face]
+    return np.asarray((1 - u) * a[face] + u * (1 - v) * b[face] + u * v * c[face])
 
 
 # -- writing ----------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def _ascii(file: BinaryIO, count: int, columns: list[int]) -> Cloud:
 
 
 def _seen(points: Cloud) -> Cloud:
-    return points[~np.isnan(points).any(1)]
+    return np.asarray(points[~np.isnan(points).any(1)])
 
 
 def write_points(path: Path, blocks: Iterable[Cloud], ascii: bool = False) -> int:
