@@ -1,8 +1,14 @@
 """Diffusion models of molecules, in three dimensions and as graphs."""
 
+from pathlib import Path
+
 from molediff.files import read, write
 from molediff.geometric.metrics import evaluate
 from molediff.molecules import Molecule
 from shared.domains import Invalid
+from shared.models import load
+from shared.runs import register_pretrained
 
-__all__ = ["Invalid", "Molecule", "evaluate", "read", "write"]
+register_pretrained(Path(__file__).parent / "pretrained")
+
+__all__ = ["Invalid", "Molecule", "evaluate", "load", "read", "write"]

@@ -2,10 +2,58 @@
 
 from __future__ import annotations
 
-from shared import cli
-from shared.cli import Program
+from pathlib import Path
 
-PROGRAM = Program(name="molediff", title="Diffusion models of molecules.", packages=("molediff.",))
+from omegaconf import DictConfig
+
+from molediff import published
+from shared import cli
+from shared.cli import Outcome, Program, Progress, Verb
+from shared.configuration import ConfigurationError, plain
+
+
+def prepare_data(
+    config: DictConfig, program: Program, progress: Progress | None = None
+) -> Outcome:
+    """``molediff data prepare``: raw data -> a data set that ``domain.data`` takes."""
+    from molediff.geometric.prepare import prepare
+
+    options = plain(config)
+    source, out = options.pop("path"), options.pop("out")
+    if out is None:
+        raise ConfigurationError("data prepare: 'out' is missing; give out=FOLDER.")
+    data = prepare(source, out, **options)
+    left_out = data.info["invalid"]["count"]
+    lines = [f"{data!r}", f"properties: {', '.join(data.property_names) or 'none'}"]
+    if left_out:
+        lines.append(f"{left_out} records left out; reasons in {Path(out) / 'invalid.jsonl'}")
+    return Outcome(lines, Path(out))
+
+
+PROGRAM = Program(
+    name="molediff",
+    title="Diffusion models of molecules, in 3D and as graphs.",
+    packages=("molediff.",),
+    default="molecules",
+    examples=(
+        "sample run=qm9 n=100 out=samples",
+        "evaluate samples",
+        "data prepare mine.sdf out=data/mine",
+        "train experiment=qm9_small domain.data=data/mine out=runs/mine",
+        "sample run=runs/mine n=100 solver=dpmpp_2m steps=50 seed=0 out=mine",
+        "convert generative_model_ema.npy out=runs/edm",
+    ),
+    converters=published.CONVERTERS,
+    reader="molediff.published:read",
+    more={
+        "data prepare": Verb(
+            "turn raw molecules (QM9, SDF, XYZ, SMILES, CSV) into a data set for training",
+            "molediff.cli:prepare_data",
+            bare=True,
+            examples=("mine.sdf out=data/mine", "dsgdb9nsd.xyz.tar.bz2 out=data/qm9"),
+        )
+    },
+)
 
 
 def main() -> int:

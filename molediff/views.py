@@ -88,7 +88,7 @@ def _drawing(molecule: Molecule) -> str:
         except (ValueError, RuntimeError):
             return '<span title="no valid bonds">no formula</span> '
     drawer = Draw.MolDraw2DSVG(170, 130)
-    drawer.drawOptions().clearBackground = False
+    drawer.drawOptions().clearBackground = False  # type: ignore[assignment]
     drawer.DrawMolecule(mol)
     drawer.FinishDrawing()
     return str(drawer.GetDrawingText()).partition("?>")[2]

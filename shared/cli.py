@@ -28,7 +28,8 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb of a command line. Its keys are those of ``configs/NAME.yaml``.
+    """One verb of a command line, of one word or two. Its keys are those of ``configs/NAME.yaml``,
+    with ``_`` between the words.
 
     Args:
         help: what it does, in a line.
@@ -44,9 +45,14 @@ class Verb:
     examples: tuple[str, ...] = ()
 
     def __call__(self, config: DictConfig, program: Program, progress: Progress) -> Outcome:
-        module, _, function = self.action.partition(":")
-        outcome: Outcome = getattr(import_module(module), function)(config, program, progress)
+        outcome: Outcome = find(self.action)(config, program, progress)
         return outcome
+
+
+def find(name: str) -> Any:
+    """What 'module:name' names."""
+    module, _, function = name.partition(":")
+    return getattr(import_module(module), function)
 
 
 VERBS = {
@@ -107,7 +113,8 @@ class Converter:
 class Program:
     """One command line. ``packages``: where its domains live, as prefixes of ``_target_``;
     ``default``: the domain to judge files with when nothing else tells, if there is one;
-    ``more``: verbs of its own."""
+    ``reader``: 'module:function' that reads the files of ``converters``; ``more``: verbs of its
+    own."""
 
     name: str
     title: str
@@ -115,6 +122,7 @@ class Program:
     default: str | None = None
     examples: tuple[str, ...] = ()
     converters: tuple[Converter, ...] = field(default=(), repr=False)
+    reader: str = "shared.checkpoints:read_pickled_tensors"
     more: Mapping[str, Verb] = field(default_factory=dict, repr=False)
 
     @property
@@ -182,8 +190,9 @@ def _dispatch(program: Program, arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"{program.name} {metadata.version('molediff')}")
         return 0
-    name, *rest = arguments
     verbs = program.verbs
+    length = 2 if " ".join(arguments[:2]) in verbs else 1
+    name, rest = " ".join(arguments[:length]), arguments[length:]
     if name not in verbs:
         raise ConfigurationError(f"no verb '{name}'{nearest(name, verbs)} ({', '.join(verbs)})")
     if any(word in ("-h", "--help") for word in rest):
@@ -194,7 +203,12 @@ def _dispatch(program: Program, arguments: list[str]) -> int:
     given = overrides(name, words, bare=verbs[name].bare, quote=not sweep)
     if sweep:
         return _sweep(program, name, given)
-    return execute(program, name, configuration.compose(name, given))
+    return execute(program, name, configuration.compose(config_name(name), given))
+
+
+def config_name(verb: str) -> str:
+    """The name of a verb's configuration file."""
+    return verb.replace(" ", "_")
 
 
 def overrides(
@@ -288,9 +302,9 @@ def _sweep(program: Program, verb: str, words: list[str]) -> int:
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
         try:
-            results = hydra.multirun(verb, partial(_job, program, verb), words)
+            results = hydra.multirun(config_name(verb), partial(_job, program, verb), words)
         except (HydraException, OmegaConfBaseException) as error:
-            text = configuration.explain(verb, words, error)
+            text = configuration.explain(config_name(verb), words, error)
             raise ConfigurationError(text) from error
     statuses = [job.return_value for batch in results for job in batch]
     print(f"{statuses.count(0)} of {len(statuses)} jobs succeeded: {folder}")
@@ -302,7 +316,7 @@ def _job(program: Program, verb: str, config: DictConfig) -> int:
     from hydra.core.hydra_config import HydraConfig
 
     try:
-        configuration.check_complete(verb, config)
+        configuration.check_complete(config_name(verb), config)
         config.out = HydraConfig.get().runtime.output_dir
         return execute(program, verb, config)
     except Exception as error:
@@ -325,8 +339,9 @@ def overview(program: Program) -> str:
 
 def help_on(program: Program, name: str) -> str:
     """The help of one verb: its keys as its file explains them, and the options of its groups."""
-    verb, choices = program.verbs[name], _choices(program, name)
-    lines = [f"{program.name} {name}: {verb.help}", "", "keys:", *_keys(name), ""]
+    verb, file = program.verbs[name], config_name(name)
+    choices = _choices(program, file)
+    lines = [f"{program.name} {name}: {verb.help}", "", "keys:", *_keys(file), ""]
     lines += ["choices:", *choices, ""] * bool(choices)
     lines += ["-m, --multirun: run every combination of values given as a,b,c", ""]
     own = [e.partition(" ")[2] for e in program.examples if e.startswith(f"{name} ")]

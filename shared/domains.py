@@ -53,6 +53,8 @@ class Domain(ABC, Generic[Item]):
     """
 
     name: ClassVar[str]
+    grid: ClassVar[str] = "log_snr"
+    """The time grid, of configuration group ``grid``, that suits this domain's models."""
 
     @abstractmethod
     def statistics(self) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,47 +17,18 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from shared import checkpoints
-from shared.cli import Outcome, Program, Progress
+from shared.cli import Outcome, Program, Progress, find
 from shared.configuration import ConfigurationError, build, choose, plain
-from shared.denoisers import Denoise, Denoiser
+from shared.denoisers import Denoiser
 from shared.domains import Domain
 from shared.judging import evaluate, report
+from shared.models import find_device, find_grid, guided, load
 from shared.runs import Run
 from shared.sample_folders import Folder
 from shared.sampling import Memory
 from shared.sampling import sample as run_sampling
 
-__all__ = ["Model", "convert", "evaluate", "load", "report", "sample", "state_keys", "train"]
-
-
-@dataclass(frozen=True)
-class Model:
-    """A trained model with the domain that it was trained for."""
-
-    denoiser: Denoiser
-    domain: Domain[Any]
-    run: Run
-    checkpoint: checkpoints.Checkpoint
-
-
-def load(run: str | Path, checkpoint: str | None = None) -> Model:
-    """A trained model by its run folder or pretrained name, with averaged weights if it has any.
-
-    Args:
-        checkpoint: 'best', 'last' or 'step-NNN'; None: the best there is.
-
-    Raises:
-        FileNotFoundError: no such run or checkpoint. ValueError: one that cannot be used.
-    """
-    opened = Run.open(run)
-    stored = checkpoints.load(opened.checkpoint(checkpoint))
-    config = OmegaConf.create(dict(stored.config))
-    domain = build(config.domain)
-    domain.restore(stored.statistics)
-    denoiser = build(config.model, domain=domain, schedule=build(config.schedule))
-    checkpoints.apply(stored, denoiser)
-    return Model(denoiser.eval(), domain, opened, stored)
+__all__ = ["convert", "evaluate", "report", "sample", "state_keys", "train"]
 
 
 def _now() -> str:
@@ -92,7 +62,7 @@ def _score(
     domain: Domain[Any], config: Any, seed: int
 ) -> Callable[[Denoiser, int], dict[str, float]]:
     """Draws ``config.n`` samples and measures them with the domain's metrics."""
-    solver, grid = choose("solver", config.solver), choose("grid", config.grid)
+    solver, grid = choose("solver", config.solver), find_grid(config.grid, domain)
 
     def score(denoiser: Denoiser, step: int) -> dict[str, float]:
         sink, process = Memory(), denoiser.process
@@ -125,9 +95,9 @@ def sample(config: DictConfig, program: Program, progress: Progress | None = Non
         **plain(OmegaConf.masked_copy(config, ["n", "steps", "request"])),
         **{key: plain(config[key] or {}) for key in ("solver", "grid", "guidance")},
     }
-    device = _device(config.device)
+    device = find_device(config.device)
     process = model.denoiser.process
-    denoise = _guided(config.guidance, model.denoiser.to(device), model.domain)
+    denoise = guided(config.guidance, model.denoiser.to(device), model.domain)
     sink = Folder(folder, model.domain, settings)
     summary = run_sampling(
         denoise,
@@ -136,7 +106,7 @@ def sample(config: DictConfig, program: Program, progress: Progress | None = Non
         config.n,
         build(config.solver),
         config.steps,
-        build(config.grid),
+        find_grid(build(config.grid), model.domain),
         seed,
         request=plain(config.request),
         batch=config.batch,
@@ -165,35 +135,13 @@ def _sample_folder(config: DictConfig, run: Run) -> tuple[Path, int]:
     return folder / f"seed-{seed}-{_now()}", seed
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigurationError(f"device={name}: no CUDA device here; give device=cpu.")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ConfigurationError(f"device={name}: give auto, cpu or cuda.") from error
-
-
-def _guided(config: Any, denoiser: Denoiser, domain: Domain[Any]) -> Denoise:
-    null = domain.null_condition()
-    guided = build(config, denoise=denoiser, process=denoiser.process, domain=domain, null=null)
-    if hasattr(guided, "null") and not guided.null:
-        raise ConfigurationError(
-            f"guidance: domain {domain.name} has no condition that can be left out; choose "
-            "another guidance."
-        )
-    return denoiser if guided is None else guided
-
-
 # -- convert ----------------------------------------------------------------------------------
 
 
 def convert(config: DictConfig, program: Program, progress: Progress | None = None) -> Outcome:
     """Turn a checkpoint of another program into a folder that ``sample`` takes as ``run``."""
     path = Path(config.path)
-    content = checkpoints.read_pickled_tensors(path)
+    content = find(program.reader)(path)
     keys = frozenset(state_keys(content))
     for converter in program.converters:
         if converter.recognises(keys):

@@ -73,6 +73,7 @@ class Molecules(Domain[Molecule]):
     """
 
     name: ClassVar[str] = "molecules"
+    grid: ClassVar[str] = "time_uniform"
 
     def __init__(
         self,
@@ -173,6 +174,8 @@ class Molecules(Domain[Molecule]):
                 raise ValueError(f"request.atoms={atoms}: give a whole number of at least 1.")
             return self._blank([atoms] * len(indices))
         sizes = self.statistics()["sizes"]
+        if not sizes:
+            raise ValueError("this model does not know the sizes of its data: give request.atoms.")
         values, counts = [int(n) for n in sizes], np.cumsum([sizes[n] for n in sizes])
         draws = [stream(seed, i, "template", 0).integers(counts[-1]) for i in indices]
         return self._blank([values[np.searchsorted(counts, d, "right")] for d in draws])
@@ -224,8 +227,8 @@ class Molecules(Domain[Molecule]):
 
     def view(self, items: Sequence[Molecule]) -> str:
         """Rotatable structures, 2D drawings and histograms, against the data where known."""
-        known = self._restored if self.data is None else self.statistics()
-        return gallery(items, dict(known or {}))
+        known = self.data is not None or self._restored is not None
+        return gallery(items, self.statistics() if known else {})
 
 
 def _position_std(data: MoleculeData, most: int = 5000) -> float:

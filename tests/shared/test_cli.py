@@ -17,8 +17,8 @@ from pointdiff.cli import PROGRAM as POINTDIFF
 from shared import cli, configuration
 from shared.cli import VERBS, Converter, Outcome, Verb
 from shared.images.cli import PROGRAM as IMAGEDIFF
+from shared.models import load
 from shared.runs import Run
-from shared.verbs import load
 
 FAST = ["trainer.progress=false", "trainer.validate_every=null", "trainer.log_every=5", "seed=1"]
 

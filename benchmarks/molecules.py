@@ -1,0 +1,105 @@
+"""Stability of generated molecules against the number of denoiser calls, for several solvers and
+time grids on one model.
+
+    python benchmarks/molecules.py [--run qm9] [--n 1000] [--calls 10,15,20,25,50,100,250,1000]
+        [--solver ddpm,ddim,...] [--grid time_uniform,log_snr] [--seed 0] [--small] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import markdown, publish
+
+import molediff
+from molediff.geometric.domain import Molecules
+from molediff.geometric.metrics import evaluate
+from shared.models import Model
+from shared.randomness import stream
+from shared.solvers.ancestral import DDPM
+from shared.variance import Gamma, estimate_gamma
+
+SOLVERS = ("ddpm", "analytic_ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun")
+SCORES = ("atom_stability", "molecule_stability", "validity", "molecule_stability_valence")
+
+
+def gamma(model: Model[Any], data: str, molecules: int = 512) -> dict[str, Gamma]:
+    """E||eps_hat||^2 per field over training molecules, for the analytic variance."""
+    training, _ = Molecules(data).datasets()
+    chosen = stream(0, 0, "benchmark", 0).permutation(training.lengths.size)[:molecules]
+    records = sorted((training[int(i)] for i in chosen), key=lambda r: len(r.elements))
+    batches = [model.domain.collate(records[k : k + 64]) for k in range(0, len(records), 64)]
+    process = model.denoiser.process
+    times = torch.linspace(0.0, 1.0, 41, dtype=torch.float64)[1:].tolist()
+    return dict(estimate_gamma(model.denoiser, process, batches, times, 0))
+
+
+def row(model: Model[Any], name: str, grid: str, calls: int, args: argparse.Namespace) -> dict:
+    """One solver, grid and budget."""
+    solver: Any = DDPM(variance=args.gamma, cov_max=math.inf) if name == "analytic_ddpm" else name
+    result = model.generate(
+        args.n, solver=solver, grid=grid, steps=calls, seed=args.seed, batch=args.batch
+    )
+    scores = evaluate(result.items)
+    return {
+        "solver": name, "grid": grid, "calls": result.summary.nfe, "n": args.n, "seed": args.seed,
+        "seconds": result.summary.seconds,
+        "scores": {key: scores[key].as_json() for key in SCORES if key in scores},
+    }  # fmt: skip
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    def percent(score: dict[str, Any] | None) -> str:
+        if not score or score["value"] is None:
+            return ""
+        return f"{100 * score['value']:.1f} ({100 * score['low']:.1f}-{100 * score['high']:.1f})"
+
+    columns = ("solver", "grid", "calls", "n", *(f"{s.replace('_', ' ')} %" for s in SCORES))
+    lines = [
+        (
+            r["solver"],
+            r["grid"],
+            r["calls"],
+            r["n"],
+            *(percent(r["scores"].get(s)) for s in SCORES),
+        )
+        for r in rows
+    ]
+    return markdown(columns, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--run", default="qm9", help="run folder or pretrained name")
+    parser.add_argument("--n", type=int, default=1000)
+    parser.add_argument("--calls", default="10,15,20,25,50,100,250,1000")
+    parser.add_argument("--solver", default=",".join(SOLVERS))
+    parser.add_argument("--grid", default="time_uniform")
+    parser.add_argument("--data", help="prepared data set, for analytic_ddpm")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--small", action="store_true", help="seconds instead of hours")
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.small:
+        args.n, args.calls, args.solver = 8, "10", "ddim,dpmpp_2m"
+    model = molediff.load(args.run)
+    names = [s for s in args.solver.split(",") if args.data or s != "analytic_ddpm"]
+    args.gamma = gamma(model, args.data) if "analytic_ddpm" in names else None
+    rows = []
+    for name in names:
+        for grid in args.grid.split(","):
+            for calls in map(int, args.calls.split(",")):
+                rows.append(row(model, name, grid, calls, args))
+                publish(args.out, "molecules", {"run": args.run, "rows": rows}, table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Trained models in Python: load one by name or folder, and generate with it."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, cast
+
+import torch
+from omegaconf import OmegaConf
+
+from shared import checkpoints
+from shared.configuration import ConfigurationError, build, choose
+from shared.denoisers import Denoise, Denoiser
+from shared.domains import Domain, Invalid, Item
+from shared.runs import Run
+from shared.sampling import Memory, Summary
+from shared.sampling import sample as run_sampling
+from shared.solvers.base import Solver
+from shared.solvers.grids import Grid
+
+
+@dataclass(frozen=True)
+class Generated(Generic[Item]):
+    """What one call made: items in the order of their indices, the seed, and what it cost."""
+
+    items: list[Item | Invalid]
+    seed: int
+    summary: Summary
+
+
+@dataclass(frozen=True)
+class Model(Generic[Item]):
+    """A trained model with the domain that it was trained for."""
+
+    denoiser: Denoiser
+    domain: Domain[Item]
+    run: Run
+    checkpoint: checkpoints.Checkpoint
+
+    def sample(self, n: int, **settings: Any) -> list[Item | Invalid]:
+        """``n`` new items; see :meth:`generate` for the settings."""
+        return self.generate(n, **settings).items
+
+    def generate(
+        self,
+        n: int,
+        *,
+        solver: str | Solver = "dpmpp_2m",
+        steps: int = 50,
+        grid: str | Grid = "auto",
+        seed: int | None = None,
+        denoise: Denoise | None = None,
+        batch: int = 64,
+        device: str = "auto",
+        **request: Any,
+    ) -> Generated[Item]:
+        """Generate the samples 0..n-1 of ``seed``.
+
+        Args:
+            solver: a name of the configuration group ``solver``, or a solver.
+            steps: denoiser calls per sample.
+            grid: likewise of group ``grid``; 'auto' is the domain's own.
+            seed: None draws one, which the result tells.
+            denoise: a guided form of ``denoiser``.
+            batch: samples at a time; halved when memory runs out.
+            device: 'auto', 'cpu' or 'cuda'.
+            request: what to generate, in the domain's own keys.
+
+        Raises:
+            ValueError: unknown names or impossible settings.
+        """
+        place = find_device(device)
+        seed = secrets.randbelow(2**31) if seed is None else seed
+        memory = Memory()
+        summary = run_sampling(
+            denoise or self.denoiser.to(place),
+            self.denoiser.process,
+            self.domain,
+            n,
+            choose("solver", solver) if isinstance(solver, str) else solver,
+            steps,
+            find_grid(grid, self.domain),
+            seed,
+            request=request,
+            batch=batch,
+            device=place,
+            sink=memory,
+        )
+        return Generated([memory.items[i] for i in range(n)], seed, summary)
+
+
+@dataclass(frozen=True)
+class DomainGrid:
+    """Stands for the grid that suits the model's domain, between other ends where given."""
+
+    t_start: float | None = None
+    t_end: float | None = None
+
+    def __call__(self, domain: Domain[Any]) -> Grid:
+        ends = {"t_start": self.t_start, "t_end": self.t_end}
+        return cast(Grid, choose("grid", domain.grid, **ends))
+
+
+def find_grid(grid: str | Grid | DomainGrid, domain: Domain[Any]) -> Grid:
+    """A time grid by its name in the configuration group ``grid``, or as it is."""
+    found = choose("grid", grid) if isinstance(grid, str) else grid
+    return found(domain) if isinstance(found, DomainGrid) else found
+
+
+def load(run: str | Path, checkpoint: str | None = None) -> Model[Any]:
+    """A trained model by its run folder or pretrained name, with averaged weights if it has any.
+
+    Args:
+        checkpoint: 'best', 'last' or 'step-NNN'; None: the best there is.
+
+    Raises:
+        FileNotFoundError: no such run or checkpoint. ValueError: one that cannot be used.
+    """
+    opened = Run.open(run)
+    stored = checkpoints.load(opened.checkpoint(checkpoint))
+    config = OmegaConf.create(dict(stored.config))
+    domain = build(config.domain)
+    domain.restore(stored.statistics)
+    denoiser = build(config.model, domain=domain, schedule=build(config.schedule))
+    checkpoints.apply(stored, denoiser)
+    return Model(denoiser.eval(), domain, opened, stored)
+
+
+def find_device(name: str) -> torch.device:
+    """'auto' takes a CUDA device where there is one.
+
+    Raises:
+        ConfigurationError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigurationError(f"device={name}: no CUDA device here; give device=cpu.")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigurationError(f"device={name}: give auto, cpu or cuda.") from error
+
+
+def guided(config: Mapping[str, Any], denoiser: Denoiser, domain: Domain[Any]) -> Denoise:
+    """The denoiser under the guidance that an option of group ``guidance`` describes.
+
+    Raises:
+        ConfigurationError: guidance by a condition that the domain does not have.
+    """
+    null = domain.null_condition()
+    found = build(config, denoise=denoiser, process=denoiser.process, domain=domain, null=null)
+    if hasattr(found, "null") and not found.null:
+        raise ConfigurationError(
+            f"guidance: domain {domain.name} has no condition that can be left out; choose "
+            "another guidance."
+        )
+    return denoiser if found is None else found

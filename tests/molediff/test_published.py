@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from molediff.cli import PROGRAM
+from shared.cli import main
+from shared.models import load
+
+
+def test_an_edm_checkpoint_becomes_a_model(golden, tmp_path):
+    tensors, info = golden("02_edm_process_qm9")
+    state = {
+        k.replace("state.", "dynamics.", 1): v for k, v in tensors.items() if k[:6] == "state."
+    }
+    torch.save(state, tmp_path / "generative_model_ema.npy")
+    arguments = ["convert", str(tmp_path / "generative_model_ema.npy"), f"out={tmp_path / 'edm'}"]
+    assert main(PROGRAM, arguments) == 0
+    model = load(tmp_path / "edm")
+    assert len(model.sample(2, steps=3, seed=0, atoms=4)) == 2
+    with pytest.raises(ValueError, match=r"request\.atoms"):
+        model.sample(1, steps=3)
+    denoiser = model.denoiser.double()
+    parts = tensors["step_s1.zt"].split([3, 5, 1], -1)
+    seen = denoiser(
+        dict(zip(("positions", "types", "charges"), parts, strict=True)),
+        2 / info["diffusion"]["timesteps"],
+        tensors["in.node_mask"][..., 0].bool(),
+    )
+    eps = torch.cat([seen[name].eps for name in ("positions", "types", "charges")], -1)
+    torch.testing.assert_close(eps, tensors["step_s1.eps_hat"], rtol=1e-8, atol=1e-8)
+
+
+def test_foreign_files_are_refused(tmp_path, capsys):
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    assert main(PROGRAM, ["convert", str(tmp_path / "other.pt")]) == 2
+    assert "no converter" in capsys.readouterr().err
+    wide = {"dynamics.egnn.e_block_0.gcl_equiv.coord_mlp.0.weight": torch.zeros(2, 2)}
+    wide["dynamics.egnn.embedding.weight"] = torch.zeros(4, 12)
+    torch.save(wide, tmp_path / "wide.pt")
+    assert main(PROGRAM, ["convert", str(tmp_path / "wide.pt"), f"out={tmp_path / 'x'}"]) == 2
+    assert "11 features" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
