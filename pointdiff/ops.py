@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pointdiff import accelerated
 
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 """Distances kept at a time."""
 
 
