@@ -17,7 +17,7 @@ from molediff import files
 from molediff.graphs.chemistry import molecule_metrics
 from molediff.graphs.decode import decode_molecule
 from molediff.graphs.pairs import PairDomain, Record
-from molediff.molecules import Molecule, atomic_number
+from molediff.molecules import AROMATIC, Molecule, atomic_number
 from shared.domains import Invalid
 from shared.metrics import Estimate
 from shared.process import State
@@ -88,7 +88,7 @@ class MolecularGraphDomain(PairDomain[Molecule]):
         if item.bonds is None or item.orders is None:
             return "a molecule without bonds; perceive them first (molediff.bonds)"
         try:
-            plain = item.kekulised()
+            plain = item.kekulised() if (item.orders == AROMATIC).any() else item
         except ValueError as error:
             return str(error)
         heavy = plain.atomic_numbers > 1
