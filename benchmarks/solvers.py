@@ -26,7 +26,7 @@ from common import markdown, publish
 
 from shared import solvers as S
 from shared.analytic import AnalyticDenoiser, Mixture
-from shared.denoisers import Prediction
+from shared.predictions import Prediction
 from shared.process import Process, State, alpha_sigma
 from shared.schedules import VPDiscrete, VPLinear
 from shared.solvers.base import Solver

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.denoisers import Condition, Prediction
+from shared.predictions import Condition, Prediction
 from shared.process import Process, Scale, State, alpha_sigma
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.denoisers import Condition, Denoise, Prediction
+from shared.predictions import Condition, Denoise, Prediction
 from shared.probability_flow import ProbabilityFlow, log_normal, prior_log_prob, prior_std
 from shared.process import Process, State
 from shared.randomness import Draws

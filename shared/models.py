@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 
 from shared import checkpoints
 from shared.configuration import ConfigurationError, build, choose
-from shared.denoisers import Denoise, Denoiser
+from shared.denoisers import Denoiser
 from shared.domains import Domain, Invalid, Item
+from shared.predictions import Denoise
 from shared.runs import Run
 from shared.sampling import Memory, Summary
 from shared.sampling import sample as run_sampling

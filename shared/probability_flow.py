@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from shared.denoisers import Condition, Denoise
 from shared.geometry import Geometry
+from shared.predictions import Condition, Denoise
 from shared.process import Field, Process, State
 from shared.randomness import Draws
 from shared.schedules import Schedule

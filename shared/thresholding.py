@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.denoisers import Condition, Correction, Denoise, Prediction
+from shared.predictions import Condition, Correction, Denoise, Prediction
 from shared.process import State
 
 

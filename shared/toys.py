@@ -18,11 +18,12 @@ from torch.utils.data import Dataset, TensorDataset
 
 from shared.analytic import Mixture
 from shared.configuration import reject_unknown
-from shared.denoisers import Condition, Denoiser, Head
+from shared.denoisers import Denoiser, Head
 from shared.domains import Batch, Domain, Invalid
 from shared.losses import TimeSampler
 from shared.metrics import Estimate, proportion
 from shared.nn.embedding import Sinusoidal, TimeEmbedding
+from shared.predictions import Condition
 from shared.process import Process, State
 from shared.resampling import jackknife
 from shared.schedules import Schedule

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shared.denoisers import Condition, Denoise, Denoiser, Prediction
+from shared.denoisers import Denoiser
 from shared.domains import Batch
+from shared.predictions import Condition, Denoise, Prediction
 from shared.process import Process, State
 
 

@@ -4,8 +4,6 @@ from molediff.geometric.convert import edm_options, edm_weights, gdm_weights, in
 from molediff.geometric.edm import (
     AtomDecoder,
     EDMSampler,
-    cosine_table,
-    cosine_time_code,
     edm_heads,
     l2_loss,
 )
@@ -22,8 +20,6 @@ __all__ = [
     "EGNNOptions",
     "EquivariantTransformer",
     "InvariantEGNN",
-    "cosine_table",
-    "cosine_time_code",
     "edm_heads",
     "edm_options",
     "edm_weights",

@@ -1,4 +1,4 @@
-"""A data set of 3D molecules: memory-mapped arrays in a folder, and batches of one exact size.
+"""A data set of 3D molecules: memory-mapped arrays in a folder.
 
 ``molediff.geometric.prepare`` makes such a folder. It holds, for m molecules with a atoms in all:
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from molediff.molecules import SYMBOLS, Molecule
 
@@ -138,77 +138,3 @@ class MoleculeData(Dataset[Molecule]):
     def __repr__(self) -> str:
         elements = " ".join(SYMBOLS[z] for z in self.elements)
         return f"MoleculeData({str(self.path)!r}, {len(self)} molecules of {elements})"
-
-
-class SizeBatchSampler(Sampler[list[int]]):
-    """Batches of molecules that all have the same number of atoms, so nothing is padded.
-
-    The order depends on seed and epoch only. With several processes, each takes every
-    ``world_size``-th batch of the same order; the first batches are repeated until all have
-    equally many. Give it to ``DataLoader(batch_sampler=...)``; under Lightning set
-    ``use_distributed_sampler=False``.
-
-    Args:
-        sizes: [n] number of atoms of each molecule.
-        batch_size: most molecules in a batch.
-        seed: of the order.
-        rank: number of this process.
-        world_size: number of processes.
-        max_pairs: most pairs of atoms in a batch, for batches of large molecules to be smaller.
-        drop_last: leave out batches that are not full.
-
-    Raises:
-        ValueError: no molecules, a batch size below 1, or a rank outside the world.
-    """
-
-    def __init__(
-        self,
-        sizes: np.ndarray,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        max_pairs: int | None = None,
-        drop_last: bool = False,
-    ) -> None:
-        if batch_size < 1 or len(sizes) == 0:
-            raise ValueError(f"SizeBatchSampler: {len(sizes)} molecules, batch_size={batch_size}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"SizeBatchSampler: rank {rank} of {world_size} processes")
-        self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, 0
-        self.drop_last = drop_last
-        sizes = np.asarray(sizes)
-        self._groups: list[tuple[np.ndarray, int]] = []
-        for size in np.unique(sizes):
-            room = (
-                batch_size if max_pairs is None else min(batch_size, max_pairs // int(size) ** 2)
-            )
-            self._groups.append((np.nonzero(sizes == size)[0], max(1, room)))
-
-    @property
-    def sampler(self) -> SizeBatchSampler:
-        """Lightning tells the epoch to ``batch_sampler.sampler``."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        whole = sum(
-            len(rows) // room if self.drop_last else -(-len(rows) // room)
-            for rows, room in self._groups
-        )
-        return (whole + self.world_size - 1) // self.world_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        rng = np.random.default_rng([self.seed, self.epoch])
-        batches: list[list[int]] = []
-        for rows, room in self._groups:
-            order = rng.permutation(rows).tolist()
-            parts = [order[k : k + room] for k in range(0, len(order), room)]
-            batches += [p for p in parts if len(p) == room or not self.drop_last]
-        count = len(self) * self.world_size
-        sequence = [batches[k] for k in rng.permutation(len(batches)).tolist()]
-        repeated = [sequence[k % len(sequence)] for k in range(count)]
-        yield from repeated[self.rank :: self.world_size]

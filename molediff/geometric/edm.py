@@ -1,4 +1,4 @@
-"""EDM as published (Hoogeboom et al. 2022): its cosine table, training loss, likelihood of atoms
+"""EDM as published (Hoogeboom et al. 2022): its training loss, likelihood of atoms
 and sampler. The process itself is :func:`molediff.geometric.process.molecule_process`.
 """
 
@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from shared.denoisers import Condition, Denoiser, Head, Noise, Prediction, TimeCode
+from shared.denoisers import Denoiser, Head
 from shared.geometry import expand_mask
 from shared.likelihood import prior_kl
+from shared.predictions import Condition, Noise, Prediction
 from shared.process import Process, State
-from shared.schedules import VPDiscrete
 from shared.solvers.ancestral import DDPM
 from shared.solvers.base import Solver
 from shared.solvers.plan import After, Denoise, Draw, Project
@@ -26,21 +26,6 @@ def edm_heads(types: int, *, charges: bool = False) -> dict[str, Head]:
     all dimensions of an atom; :func:`l2_loss` has its denominator to the letter."""
     sizes = {"positions": 3, "types": types} | ({"charges": 1} if charges else {})
     return {name: Head(Noise(), weight=0.5 * n / sum(sizes.values())) for name, n in sizes.items()}
-
-
-def cosine_table(steps: int = 1000, s: float = 0.008, cap: float = 0.999) -> VPDiscrete:
-    """EDM's cosine schedule: ``steps`` + 1 noise levels.
-    Level i stands at time (i + 1) / (``steps`` + 1); :func:`cosine_time_code` tells the network
-    i / ``steps`` as published."""
-    u = torch.arange(steps + 2, dtype=torch.float64) / (steps + 1)
-    bar = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
-    betas = (1 - bar[1:] / bar[:-1]).clamp(0.0, cap)
-    return VPDiscrete(tuple(betas.tolist()), min_log_snr=-math.inf)
-
-
-def cosine_time_code(steps: int = 1000) -> TimeCode:
-    """Times of :func:`cosine_table` -> level / steps."""
-    return TimeCode("time", scale=(steps + 1) / steps, shift=-1.0 / steps)
 
 
 @dataclass(frozen=True)

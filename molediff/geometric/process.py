@@ -7,9 +7,10 @@ charge times a scale).
 
 from __future__ import annotations
 
-from shared.denoisers import Head, KarrasPreconditioned
+from shared.denoisers import Head
 from shared.geometry import CentredPoints, Points
 from shared.losses import Native, NormalLogSNR
+from shared.predictions import KarrasPreconditioned
 from shared.process import Field, Process
 from shared.schedules import Polynomial, Schedule, VariancePreserving
 

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from molediff.graphs.networks import GraphScoreNetwork
-from shared.denoisers import Denoiser, Head, Noise, Parameterisation, Score
+from shared.denoisers import Denoiser, Head
 from shared.geometry import Points, SymmetricEdges
 from shared.losses import TimeSampler
+from shared.predictions import Noise, Parameterisation, Score
 from shared.process import Field, Process
 from shared.schedules import Schedule, VarianceExploding
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shared.denoisers import Condition
+from shared.predictions import Condition
 from shared.process import State
 
 LONG_ROW = 16

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from shared.denoisers import Condition, Denoise, Prediction
 from shared.geometry import Euclidean, Geometry
 from shared.guidance.energies import check_condition
 from shared.guidance.guided import Interval
+from shared.predictions import Condition, Denoise, Prediction
 from shared.process import Process, State, alpha_sigma
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.denoisers import Condition, Denoise, Prediction
+from shared.predictions import Condition, Denoise, Prediction
 from shared.process import State
 
 LogProb = Callable[[State, float | Tensor, Tensor | None, Condition | None], Tensor]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shared.denoisers import Condition
+from shared.predictions import Condition
 from shared.process import Process, State, alpha_sigma
 
 Time = float | Tensor

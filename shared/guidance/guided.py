@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shared.denoisers import Condition, Denoise, Prediction
 from shared.guidance.energies import Energy, Time, check_condition, check_finite, evaluate
+from shared.predictions import Condition, Denoise, Prediction
 from shared.process import Process, Scale, State, alpha_sigma
 
 

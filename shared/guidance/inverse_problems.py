@@ -13,9 +13,9 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from shared.denoisers import Condition
 from shared.geometry import CentredPoints, Euclidean
 from shared.guidance.energies import Energy, Time, condition
+from shared.predictions import Condition
 from shared.process import Process, Scale, State, alpha_sigma
 from shared.solvers.base import Solver
 from shared.solvers.plan import After, Denoise, Draw, Project

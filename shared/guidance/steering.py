@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shared.denoisers import Prediction
+from shared.predictions import Prediction
 from shared.process import Process, State
 from shared.solvers.base import PlanSolver, Solver
 from shared.solvers.plan import After, Denoise, Draw, Project, run

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shared.denoisers import Condition, Denoiser, Head
+from shared.denoisers import Denoiser, Head
 from shared.losses import TimeSampler
 from shared.nn.embedding import Sinusoidal, TimeEmbedding
+from shared.predictions import Condition
 from shared.process import Process, State
 from shared.schedules import Schedule
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from shared.denoisers import Prediction
+from shared.predictions import Prediction
 from shared.process import Process, State
 from shared.schedules import Schedule
 from shared.solvers.base import Solver, check_times

@@ -31,10 +31,6 @@ class Grid(ABC):
             ValueError: a number of intervals or an end that is impossible.
         """
 
-    def times(self, schedule: Schedule, intervals: int) -> list[float]:
-        """The times between the grid's own ends."""
-        return self(schedule, intervals)
-
 
 @dataclass(frozen=True, kw_only=True)
 class SpacedGrid(Grid):

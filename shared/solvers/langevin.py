@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shared.denoisers import Prediction
 from shared.geometry import Geometry
+from shared.predictions import Prediction
 from shared.process import Process, State
 from shared.schedules import Schedule, VarianceExploding, VPLinear
 from shared.solvers.ancestral import transitions

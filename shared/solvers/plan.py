@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.denoisers import Prediction
+from shared.predictions import Prediction
 from shared.process import State
 
 Coef = float | Tensor

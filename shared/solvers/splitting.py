@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from shared.denoisers import Prediction
+from shared.predictions import Prediction
 from shared.process import Field, Process, State
 from shared.schedules import Schedule, VariancePreserving
 from shared.solvers.base import Solver, check_times

@@ -9,8 +9,6 @@ from molediff.geometric.convert import edm_options, edm_weights
 from molediff.geometric.edm import (
     AtomDecoder,
     EDMSampler,
-    cosine_table,
-    cosine_time_code,
     edm_heads,
     l2_loss,
     log_volume,
@@ -19,7 +17,7 @@ from molediff.geometric.egnn import EGNN
 from molediff.geometric.process import molecule_process
 from shared.denoisers import Denoiser, TimeCode
 from shared.likelihood import prior_kl, step_kl
-from shared.schedules import Polynomial
+from shared.schedules import Polynomial, VPDiscrete
 from shared.solvers.ancestral import DDPM
 
 
@@ -70,13 +68,8 @@ def item(request, golden):
 def test_tables(golden, name):
     tensors, _ = golden("02_edm_gamma_tables")
     table = {k.split(".")[1]: v for k, v in tensors.items() if k.startswith(name)}
-    levels = torch.arange(1001, dtype=torch.float64)
-    if name == "cosine":
-        schedule, t = cosine_table(), (levels + 1) / 1001
-        code = cosine_time_code()(schedule, t)
-        torch.testing.assert_close(code, levels / 1000, rtol=1e-12, atol=1e-15)
-    else:
-        schedule, t = Polynomial(), levels / 1000
+    schedule = VPDiscrete.edm_cosine() if name == "cosine" else Polynomial()
+    t = torch.arange(1001, dtype=torch.float64) / 1000
     torch.testing.assert_close(-2 * schedule.log_snr(t), table["gamma"], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(schedule.alpha(t) ** 2, table["alpha2"], rtol=1e-9, atol=0)
 
@@ -199,7 +192,7 @@ class Perfect:
         self.process, self.x0 = process, x0
 
     def __call__(self, x, t, mask=None, cond=None):
-        from shared.denoisers import Prediction
+        from shared.predictions import Prediction
 
         schedule = self.process.lead
         alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))

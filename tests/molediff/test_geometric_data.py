@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from rdkit import Chem
 from rdkit.Chem import rdDistGeom
-from torch.utils.data import DataLoader
 
 from molediff.files import write
-from molediff.geometric.data import MoleculeData, SizeBatchSampler
+from molediff.geometric.data import MoleculeData
 from molediff.geometric.prepare import prepare, random_split, without_hydrogens
 from molediff.geometric.sources import (
     EV_PER_HARTREE,
@@ -301,46 +300,3 @@ def test_compact_qm9_loads_directly(data_folder, tmp_path):
         assert item.properties["mu"] == pytest.approx(expected[names.index("mu")], nan_ok=True)
         gap = expected[names.index("gap")] * EV_PER_HARTREE
         assert item.properties["gap"] == pytest.approx(gap, nan_ok=True)
-
-
-SIZES = np.array([5] * 10 + [9] * 7 + [30] * 3)
-
-
-def test_batches_have_one_size_and_cover_every_molecule():
-    sampler = SizeBatchSampler(SIZES, 4, seed=3)
-    batches = list(sampler)
-    assert len(batches) == len(sampler) == 6
-    assert all(len(set(SIZES[batch])) == 1 and len(batch) <= 4 for batch in batches)
-    assert sorted(i for batch in batches for i in batch) == list(range(20))
-    assert list(SizeBatchSampler(SIZES, 4, seed=3)) == batches
-    sampler.set_epoch(1)
-    assert list(sampler) != batches
-    assert list(SizeBatchSampler(SIZES, 4, seed=4)) != batches
-
-
-def test_processes_share_an_epoch_evenly():
-    ranks = [list(SizeBatchSampler(SIZES, 4, rank=r, world_size=4)) for r in range(4)]
-    assert [len(batches) for batches in ranks] == [2, 2, 2, 2]
-    seen = [i for batches in ranks for batch in batches for i in batch]
-    assert set(seen) == set(range(20))
-    alone = list(SizeBatchSampler(SIZES, 4))
-    assert [ranks[k % 4][k // 4] for k in range(6)] == alone
-
-
-def test_large_molecules_come_in_smaller_batches():
-    batches = list(SizeBatchSampler(SIZES, 8, max_pairs=400))
-    assert max(len(b) for b in batches if SIZES[b[0]] == 30) == 1
-    assert max(len(b) for b in batches if SIZES[b[0]] == 9) == 4
-    full = SizeBatchSampler(SIZES, 4, drop_last=True)
-    assert [len(b) for b in full] == [4] * len(full) == [4, 4, 4]
-
-
-def test_sampler_refuses_nonsense_and_feeds_a_loader(data):
-    for wrong in ({"batch_size": 0}, {"batch_size": 2, "rank": 2, "world_size": 2}):
-        with pytest.raises(ValueError, match="SizeBatchSampler"):
-            SizeBatchSampler(SIZES, **wrong)
-    train = data.subset("train")
-    sampler = SizeBatchSampler(train.sizes, 4)
-    assert sampler.sampler is sampler
-    loader = DataLoader(train, batch_sampler=sampler, collate_fn=list)
-    assert sum(len(batch) for batch in loader) == len(train)

@@ -12,7 +12,8 @@ from molediff.graphs import convert
 from molediff.graphs.models import graph_denoiser, graph_process, parameterisation, prior_std
 from shared import solvers
 from shared.configuration import build
-from shared.denoisers import Denoiser, Noise, Prediction, Score
+from shared.denoisers import Denoiser
+from shared.predictions import Noise, Prediction, Score
 from shared.schedules import SubVP, VarianceExploding, VPLinear
 from shared.solvers.langevin import forward_step
 

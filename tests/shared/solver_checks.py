@@ -17,7 +17,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from shared.analytic import AnalyticDenoiser, Mixture
-from shared.denoisers import Prediction
+from shared.predictions import Prediction
 from shared.process import Process, State
 from shared.schedules import Karras, RectifiedFlow, Schedule, VPLinear
 from shared.solvers.base import PlanSolver, Solver

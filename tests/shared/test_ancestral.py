@@ -24,9 +24,9 @@ from solver_checks import (
 from torch import Tensor
 
 from shared.analytic import AnalyticDenoiser, Mixture
-from shared.denoisers import Prediction
 from shared.domains import Batch
 from shared.geometry import Euclidean
+from shared.predictions import Prediction
 from shared.process import Field, Process, State
 from shared.schedules import RectifiedFlow, VPDiscrete, VPLinear
 from shared.solvers.ancestral import DDIM, DDPM, DDIMInversion

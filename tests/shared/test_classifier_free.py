@@ -9,9 +9,9 @@ from torch import Tensor
 
 from shared.analytic import AnalyticDenoiser, Mixture
 from shared.configuration import build
-from shared.denoisers import Condition, Prediction
 from shared.geometry import Points
 from shared.guidance import ClassifierFree
+from shared.predictions import Condition, Prediction
 from shared.process import Process, State
 from shared.schedules import RectifiedFlow, VPLinear
 

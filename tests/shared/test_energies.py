@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.analytic import AnalyticDenoiser, Mixture
-from shared.denoisers import Denoiser, Prediction
+from shared.denoisers import Denoiser
 from shared.geometry import CentredPoints, Geometry, Points, SymmetricEdges
 from shared.guidance import (
     AnyOf,
@@ -25,6 +25,7 @@ from shared.guidance import (
     Within,
     low_pass,
 )
+from shared.predictions import Prediction
 from shared.process import Field, Process, State
 from shared.schedules import Karras, Polynomial, RectifiedFlow, Schedule, VPCosine, VPLinear
 from shared.solvers.ancestral import DDIM, DDPM

@@ -25,7 +25,7 @@ from solver_checks import (
 )
 
 from shared.analytic import AnalyticDenoiser, Mixture
-from shared.denoisers import Prediction
+from shared.predictions import Prediction
 from shared.process import Field, Process
 from shared.schedules import (
     Karras,

@@ -89,7 +89,7 @@ def test_grids_differ_and_space_as_they_say():
 def test_own_ends_and_final_zero():
     grid = KarrasTimes(t_start=10.0, t_end=0.1, final_zero=True)
     assert grid(Karras(), 3)[0] == 10.0
-    assert grid.times(Karras(), 3)[-2:] == [0.1, 0.0]
+    assert grid(Karras(), 3)[-2:] == [0.1, 0.0]
     assert grid(Karras(), 3, t_start=5.0)[0] == 5.0
     assert LogSNRTimes()(LearnedGamma(width=4), 3)[0] == 1.0  # no gradient escapes
 

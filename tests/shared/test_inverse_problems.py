@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from shared.analytic import AnalyticDenoiser, Mixture
-from shared.denoisers import Prediction
 from shared.geometry import CentredPoints, Points, SymmetricEdges
 from shared.guidance import (
     GaussianNoise,
@@ -22,6 +21,7 @@ from shared.guidance import (
     prior_spread,
 )
 from shared.guidance.inverse_problems import _forward
+from shared.predictions import Prediction
 from shared.process import Field, Process, State
 from shared.randomness import Draws
 from shared.schedules import Karras, RectifiedFlow, VPLinear

@@ -21,8 +21,8 @@ from solver_checks import (
 from torch import Tensor
 
 from shared.analytic import AnalyticDenoiser, Mixture
-from shared.denoisers import Prediction
 from shared.geometry import CentredPoints, Points, SymmetricEdges
+from shared.predictions import Prediction
 from shared.process import Field, Process, State
 from shared.randomness import Draws
 from shared.schedules import SubVP, VarianceExploding, VPLinear

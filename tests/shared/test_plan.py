@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shared.analytic import AnalyticDenoiser, Mixture
-from shared.denoisers import Prediction
+from shared.predictions import Prediction
 from shared.process import Field, Process, State
 from shared.schedules import RectifiedFlow, VPCosine, VPLinear
 from shared.solvers.ancestral import DDIM, DDPM

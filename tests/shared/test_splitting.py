@@ -10,7 +10,7 @@ import torch
 from solver_checks import gaussian_forms, replay, small_mixture
 
 from shared.analytic import AnalyticDenoiser
-from shared.denoisers import Prediction
+from shared.predictions import Prediction
 from shared.process import Process
 from shared.schedules import (
     Karras,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from solver_checks import deviation, golden_denoiser, no_draws
 
-from shared.denoisers import Prediction
+from shared.predictions import Prediction
 from shared.schedules import VPCosine, VPDiscrete, VPLinear
 from shared.solvers import DPMSolverMultistep, LogSNRTimes
 from shared.thresholding import Clamp, DynamicThreshold, Thresholded
