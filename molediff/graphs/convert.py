@@ -154,7 +154,7 @@ _BLOCKS = (("query", "gnn_q"), ("key", "gnn_k"), ("value", "gnn_v"))
 
 
 def stacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Original names, one block per channel -> names of :mod:`molediff.graphs.networks`, where
+    """Original names, one block per channel -> names of :mod:`molediff.graphs.layers`, where
     the blocks of all channels are one tensor."""
     out = {}
     for name, tensor in state.items():
