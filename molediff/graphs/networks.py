@@ -16,7 +16,7 @@ from molediff.graphs.layers import (
     attention_stack,
     normalised,
 )
-from shared.denoisers import Condition
+from shared.predictions import Condition
 from shared.process import State
 
 CHUNK = 30_000
