@@ -129,8 +129,10 @@ class VPCosine(VariancePreserving):
     t_max: float = 0.9946
 
     def log_alpha(self, t: Time) -> Tensor:
-        angle = (as_time(t) + self.s) / (1 + self.s) * (math.pi / 2)
-        return torch.log(torch.cos(angle)) - self._log_alpha_shift
+        # log(cos(a + d) / cos a) without cancellation at small t, and exactly 0 at t = 0
+        half = as_time(t) / (1 + self.s) * (math.pi / 4)
+        start = self.s / (1 + self.s) * (math.pi / 2)
+        return torch.log1p(-2.0 * torch.sin(half) * torch.sin(half + start) / math.cos(start))
 
     def t_from_log_alpha(self, log_alpha: Tensor) -> Tensor:
         angle = torch.arccos((log_alpha + self._log_alpha_shift).exp().clamp(max=1.0))

@@ -102,6 +102,17 @@ def test_small_noise_keeps_its_digits() -> None:
     assert float(VPLinear().sigma(t)) ** 2 == pytest.approx(0.1 * t, rel=1e-9)
 
 
+@pytest.mark.parametrize("s", [1e-3, 0.008, 0.02, 0.1])
+def test_the_cosine_schedule_is_noiseless_at_time_zero(s: float) -> None:
+    schedule = VPCosine(s=s)
+    assert (float(schedule.alpha(0.0)), float(schedule.sigma(0.0))) == (1.0, 0.0)
+    assert float(schedule.log_snr(0.0)) == math.inf
+    # sigma^2 = 2 d tan(a) to first order in d = pi t / 2 (1 + s), a = pi s / 2 (1 + s)
+    t, a = 1e-12, math.pi * s / (2 * (1 + s))
+    first = 2 * math.pi * t / (2 * (1 + s)) * math.tan(a)
+    assert float(schedule.sigma(t)) ** 2 == pytest.approx(first, rel=1e-6)
+
+
 def test_discrete_table_of_ddpm() -> None:
     s = VPDiscrete.linear()
     bar = s.alpha(torch.tensor([1, 100, 500, 1000], dtype=torch.float64) / 1000) ** 2
