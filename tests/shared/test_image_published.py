@@ -13,13 +13,9 @@ import torch
 from diffusers import UNet2DModel
 from torch.nn import functional as F
 
-from shared.images.backbones.published import (
-    from_adm,
-    from_diffusers,
-    from_edm,
-    from_score_sde,
-    layers,
-)
+from shared.images.backbones.diffusers import from_diffusers
+from shared.images.backbones.families import layers
+from shared.images.backbones.published import from_adm, from_edm, from_score_sde
 from shared.images.backbones.unet import UNet, UNetOptions
 
 WIDTH = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shared.images.backbones.published import from_diffusers
+from shared.images.backbones.diffusers import from_diffusers
 from shared.images.backbones.unet import PRESETS, UNet, UNetOptions
 
 

@@ -1,271 +1,24 @@
-"""Weights of published U-Nets under this library's names, recognised by their keys.
-
-Every family evaluates the same layers in the same order, so a family is a list of its own names
-in that order, the names of the parts of a block, and the order of its queries, keys and values.
-"""
+"""Weights of guided-diffusion, NVlabs-EDM and score_sde for :class:`UNet`, read by their keys."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from shared.images.backbones.unet import PRESETS, UNet, UNetOptions
-
-Weights = Mapping[str, Tensor]
-Options = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One entry of ``UNet.down``, ``middle`` or ``up``: where, its level, its number among the
-    blocks of the level, and whether it changes the resolution."""
-
-    ours: str
-    level: int
-    number: int
-    resizes: bool = False
-
-
-def layers(options: UNetOptions) -> Iterator[Layer]:
-    """All layers in the order of evaluation."""
-    levels, blocks = range(len(options.multipliers)), options.blocks
-    down = [(v, k, False) for v in levels for k in range(blocks)]
-    down = [e for b in down for e in ([(b[0], 0, True)] if b[0] and not b[1] else []) + [b]]
-    up = [(v, k, False) for v in reversed(levels) for k in range(blocks + 1)]
-    up = [e for b in up for e in [b] + ([(b[0], 0, True)] if b[0] and b[1] == blocks else [])]
-    middle = [(levels[-1], 0, False), (levels[-1], 1, False)]
-    for name, entries in (("down", down), ("middle", middle), ("up", up)):
-        for i, (level, number, resizes) in enumerate(entries):
-            yield Layer(f"{name}.{i}", level, number, resizes)
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one family of U-Nets names its weights.
-
-    Args:
-        names: options -> our layer, attention of a layer or module -> its own.
-        parts: our part of a layer -> its own names, the first that is there is taken.
-        qkv: (weights, name of the attention, heads) -> queries, keys and values one after the
-            other, each head by head: weight [3 * channels, channels] and bias.
-    """
-
-    names: Callable[[UNetOptions], dict[str, str]]
-    parts: Mapping[str, tuple[str, ...]]
-    qkv: Callable[[Weights, str, int], tuple[Tensor, Tensor]]
-
-    def convert(self, state: Weights, options: UNetOptions) -> dict[str, Tensor]:
-        """A published state dict -> that of :class:`UNet`.
-
-        Raises:
-            ValueError: a weight that is missing, left over or of another shape.
-        """
-        with torch.device("meta"):
-            network = UNet(options)
-        names, used, out = self.names(options), set[str](), {}
-        for key, expected in network.state_dict().items():
-            module, _, kind = key.rpartition(".")
-            if module.endswith("attention.qkv"):
-                place = names[module.removesuffix(".qkv")]
-                heads = network.get_submodule(module.removesuffix(".qkv")).heads
-                value = self.qkv(state, place, heads)[kind == "bias"]
-                used |= {k for k in state if k.startswith(f"{place}.")}
-            else:
-                found = self._find(state, names, module, kind)
-                used.add(found)
-                value = state[found]
-                if found.endswith(".W") and value.dim() == 2:
-                    value = value.T  # stored as [inputs, outputs]
-            if value.numel() != expected.numel():
-                raise ValueError(
-                    f"{key}: {list(value.shape)} in the checkpoint, {list(expected.shape)} here."
-                )
-            out[key] = value.reshape(expected.shape).contiguous()
-        if left := sorted(state.keys() - used):
-            raise ValueError(f"{len(left)} weights have no place here, for example '{left[0]}'.")
-        return out
-
-    def _find(self, state: Weights, names: Mapping[str, str], module: str, kind: str) -> str:
-        if module in names:
-            candidates = [names[module]]
-        else:
-            layer, part = _split(module)
-            candidates = [
-                f"{names[layer + ('.attention' if part.startswith('attention.') else '')]}.{own}"
-                for own in self.parts[part]
-            ]
-        kinds = {"weight": ("weight", "W"), "bias": ("bias", "b")}.get(kind, (kind,))
-        keys = [f"{name}.{k}" for name in candidates for k in kinds]
-        found = next((key for key in keys if key in state), None)
-        if found is None:
-            raise ValueError(f"the checkpoint lacks '{keys[0]}'.")
-        return found
-
-
-def _split(module: str) -> tuple[str, str]:
-    """'down.3.attention.norm' -> 'down.3', 'attention.norm'."""
-    where, number, part = module.split(".", 2)
-    return f"{where}.{number}", part
-
-
-def _joined(a: str, b: str, c: str) -> Callable[[Weights, str, int], tuple[Tensor, Tensor]]:
-    """Queries, keys and values in three layers."""
-
-    def qkv(state: Weights, place: str, heads: int) -> tuple[Tensor, Tensor]:
-        if f"{place}.{a}.W" in state:
-            weights = [state[f"{place}.{n}.W"].T for n in (a, b, c)]
-            return torch.cat(weights), torch.cat([state[f"{place}.{n}.b"] for n in (a, b, c)])
-        weights = [state[f"{place}.{n}.weight"].flatten(1) for n in (a, b, c)]
-        return torch.cat(weights), torch.cat([state[f"{place}.{n}.bias"] for n in (a, b, c)])
-
-    return qkv
-
-
-def _mixed(heads_first: bool) -> Callable[[Weights, str, int], tuple[Tensor, Tensor]]:
-    """In one layer: per head queries, keys, values (ADM), or per channel of a head (EDM)."""
-
-    def qkv(state: Weights, place: str, heads: int) -> tuple[Tensor, Tensor]:
-        weight, bias = state[f"{place}.qkv.weight"].flatten(1), state[f"{place}.qkv.bias"]
-        shape = (heads, 3, -1) if heads_first else (heads, -1, 3)
-        order = torch.arange(len(bias)).reshape(shape)
-        order = order.transpose(0, 1) if heads_first else order.permute(2, 0, 1)
-        return weight[order.flatten()], bias[order.flatten()]
-
-    return qkv
-
-
-# -- diffusers --------------------------------------------------------------------------------
-
-
-def _diffusers_names(o: UNetOptions) -> dict[str, str]:
-    names = {
-        "time_layers.0": "time_embedding.linear_1",
-        "time_layers.1": "time_embedding.linear_2",
-        "label": "class_embedding",
-        "enter": "conv_in",
-        "norm": "conv_norm_out",
-        "leave": "conv_out",
-    }
-    last = len(o.multipliers) - 1
-    for layer in layers(o):
-        where = layer.ours.split(".")[0]
-        block = {"down": f"down_blocks.{layer.level}", "middle": "mid_block"}.get(
-            where, f"up_blocks.{last - layer.level}"
-        )
-        names[layer.ours] = f"{block}.resnets.{layer.number}"
-        names[f"{layer.ours}.attention"] = f"{block}.attentions.{layer.number}"
-        if layer.resizes:
-            halves = f"down_blocks.{layer.level - 1}.downsamplers.0"
-            names[layer.ours] = halves if where == "down" else f"{block}.upsamplers.0"
-    return names
-
-
-_DIFFUSERS = Family(
-    _diffusers_names,
-    {
-        "norm1": ("norm1",),
-        "conv1": ("conv1",),
-        "embed": ("time_emb_proj",),
-        "norm2": ("norm2",),
-        "conv2": ("conv2",),
-        "skip": ("conv_shortcut",),
-        "conv": ("conv",),
-        "attention.norm": ("group_norm", "norm"),
-        "attention.proj": ("to_out.0", "proj_attn"),
-    },
-    lambda state, place, heads: _joined(
-        *(
-            ("query", "key", "value")
-            if f"{place}.query.weight" in state
-            else ("to_q", "to_k", "to_v")
-        )
-    )(state, place, heads),
+from shared.images.backbones.families import (
+    Family,
+    Options,
+    Weights,
+    joined,
+    layers,
+    mixed,
+    with_null,
 )
-
-
-def from_diffusers(state: Weights, config: Mapping[str, Any]) -> tuple[Options, dict[str, Tensor]]:
-    """Weights and config.json of a ``UNet2DModel`` -> options and weights of :class:`UNet`.
-
-    Raises:
-        ValueError: a choice that :class:`UNet` does not offer.
-    """
-    options = _diffusers_options(config)
-    weights = dict(state)
-    if options["classes"]:
-        weights["class_embedding.weight"] = _with_null(weights["class_embedding.weight"])
-    return options, _DIFFUSERS.convert(weights, UNetOptions(**options))
-
-
-def _diffusers_options(config: Mapping[str, Any]) -> Options:
-    down, up = config["down_block_types"], config["up_block_types"]
-    sine = (config.get("flip_sin_to_cos", True), config.get("freq_shift", 0))
-    ways = {_resampling(kind, config.get("downsample_type", "conv")) for kind in down[:-1]}
-    ways |= {_resampling(kind, config.get("upsample_type", "conv")) for kind in up[:-1]}
-    for key, value, known in (
-        ("down_block_types", sorted({*down} - _DOWN), [[]]),
-        ("up_block_types", sorted({*up} - _UP), [[]]),
-        ("time_embedding_type", config.get("time_embedding_type", "positional"), ["positional"]),
-        ("flip_sin_to_cos, freq_shift", sine, [(True, 0), (False, 1)]),
-        ("act_fn", config.get("act_fn", "silu"), ["silu", "swish"]),
-        ("class_embed_type", config.get("class_embed_type"), [None]),
-        ("add_attention", config.get("add_attention", True), [True]),
-        ("mid_block_scale_factor", config.get("mid_block_scale_factor", 1), [1]),
-        ("center_input_sample", config.get("center_input_sample", False), [False]),
-        ("downsample_type and upsample_type", sorted(ways), [["conv"], ["resnet"], []]),
-        ("attn_norm_num_groups", config.get("attn_norm_num_groups"), _mid_groups(config)),
-        ("attention", [k for k, d in enumerate(down) if "Attn" in d], [_up_attention(up)]),
-    ):
-        if value not in known:
-            raise ValueError(f"config.json: {key}={value} is not supported by this U-Net.")
-    widths = config["block_out_channels"]
-    convolution = "convolution" if config.get("downsample_padding", 1) else "asymmetric"
-    return {
-        "channels": config["in_channels"],
-        "outputs": config["out_channels"],
-        "classes": config.get("num_class_embeds") or 0,
-        "width": widths[0],
-        "multipliers": [w / widths[0] for w in widths],
-        "blocks": config.get("layers_per_block", 2),
-        "attention": _up_attention(up),
-        "head_channels": config.get("attention_head_dim", 8),
-        "film": config.get("resnet_time_scale_shift", "default") == "scale_shift",
-        "resampling": "block" if "resnet" in ways else convolution,
-        "groups": config.get("norm_num_groups", 32),
-        "eps": config.get("norm_eps", 1e-5),
-        "time": "cosine" if sine == (True, 0) else "sine",
-    }
-
-
-_DOWN = {"DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"}
-_UP = {"UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"}
-
-
-def _resampling(kind: str, attention: str) -> str:
-    """Blocks with attention resample as the config says, the others as their names say."""
-    return attention if "Attn" in kind else "resnet" if kind.startswith("Resnet") else "conv"
-
-
-def _mid_groups(config: Mapping[str, Any]) -> list[int | None]:
-    """What the normalisation of the middle may say; with scale and shift, None leaves it out."""
-    groups = config.get("norm_num_groups", 32)
-    film = config.get("resnet_time_scale_shift", "default") == "scale_shift"
-    return [groups] if film else [groups, None]
-
-
-def _up_attention(up: list[str]) -> list[int]:
-    return [level for level, kind in enumerate(reversed(up)) if "Attn" in kind]
-
-
-def _with_null(table: Tensor) -> Tensor:
-    """A label table with a row of zeros for 'any class' behind."""
-    return torch.cat([table, torch.zeros_like(table[:1])])
-
+from shared.images.backbones.unet import PRESETS, UNetOptions
 
 # -- guided-diffusion -------------------------------------------------------------------------
 
@@ -309,7 +62,7 @@ _ADM = Family(
         "attention.norm": ("norm",),
         "attention.proj": ("proj_out",),
     },
-    _mixed(heads_first=True),
+    mixed(heads_first=True),
 )
 
 
@@ -346,7 +99,7 @@ def from_adm(state: Weights) -> tuple[Options, dict[str, Tensor]]:
     }
     weights = dict(state)
     if options["classes"]:
-        weights["label_emb.weight"] = _with_null(weights["label_emb.weight"])
+        weights["label_emb.weight"] = with_null(weights["label_emb.weight"])
     return options, _ADM.convert(weights, UNetOptions(**options))
 
 
@@ -431,7 +184,7 @@ def from_edm(state: Weights) -> tuple[Options, dict[str, Tensor]]:
         "group_size": 4,
         "label_first": song,
     }
-    family = Family(_edm_names(side), _EDM_PARTS, _mixed(heads_first=False))
+    family = Family(_edm_names(side), _EDM_PARTS, mixed(heads_first=False))
     return options, family.convert(_edm_embeddings(state, labels, song), UNetOptions(**options))
 
 
@@ -446,7 +199,7 @@ def _edm_embeddings(state: Weights, labels: int, song: bool) -> dict[str, Tensor
     out = {k: v for k, v in state.items() if not k.endswith("resample_filter")}
     if labels:
         scale = math.sqrt(labels) if song else 1.0
-        table = _with_null(out.pop("map_label.weight").T * scale)
+        table = with_null(out.pop("map_label.weight").T * scale)
         out["map_label.weight"] = table + out.pop("map_label.bias", torch.zeros(()))
     if "map_noise.freqs" in out:
         out["map_noise.frequencies"] = out.pop("map_noise.freqs") * (2 * math.pi)
@@ -502,7 +255,7 @@ def from_score_sde(state: Weights) -> tuple[Options, dict[str, Tensor]]:
     family = Family(
         lambda o: _score_sde_names(o, kinds, start),
         _SCORE_SDE_PARTS,
-        _joined("NIN_0", "NIN_1", "NIN_2"),
+        joined("NIN_0", "NIN_1", "NIN_2"),
     )
     return options, family.convert(weights, UNetOptions(**options))
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shared.denoisers import Condition
 from shared.nn.embedding import sinusoidal
+from shared.predictions import Condition
 from shared.process import State
 
 SIZES: Mapping[str, Mapping[str, int]] = MappingProxyType(
