@@ -16,11 +16,8 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: setup
-	$(BIN)/imagediff train experiment=digits trainer.max_steps=600 trainer.batch_size=64 \
-		trainer.ema_warmup=true seed=0 out=outputs/demo/run
-	$(BIN)/imagediff sample run=outputs/demo/run n=100 steps=20 seed=0 \
-		guidance=classifier_free out=outputs/demo/samples
-	$(BIN)/imagediff evaluate outputs/demo/samples
+	$(BIN)/molediff sample run=qm9 n=24 steps=50 seed=0 out=outputs/demo
+	$(BIN)/molediff evaluate outputs/demo
 
 test: lint types imports tests
 
