@@ -35,6 +35,7 @@ from torch import Tensor, nn
 FORMAT = 1
 MANIFEST = "checkpoint.json"
 SUFFIXES = {"weights": ".safetensors", "ema": ".safetensors", "training": ".pt"}
+GAMMA = "gamma.json"  # the optimal reverse variance of these weights (shared.variance)
 PACKAGES = ("molediff", "torch", "lightning", "numpy", "safetensors", "rdkit", "torch-geometric")
 PICKLED = ("pt", "pth", "ckpt", "pkl", "pickle", "bin", "npy", "t7")
 
@@ -167,9 +168,9 @@ def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[st
 
 
 def _sweep(folder: Path, keep: set[str]) -> None:
-    """Remove what older or interrupted saves left."""
+    """Remove what older or interrupted saves left, and what was derived from older weights."""
     for file in folder.iterdir():
-        ours = file.name.startswith(tuple(f"{kind}-" for kind in SUFFIXES))
+        ours = file.name.startswith((*(f"{kind}-" for kind in SUFFIXES), GAMMA))
         if (ours and file.name not in keep) or (
             file.name.startswith(".") and file.name.endswith(".tmp")
         ):

@@ -74,6 +74,11 @@ VERBS = {
         bare=True,
         examples=("runs/mine",),
     ),
+    "variance": Verb(
+        "estimate the optimal reverse variance of a model, for solver=analytic_ddpm",
+        "shared.verbs:variance",
+        examples=("run=runs/mine",),
+    ),
     "convert": Verb(
         "turn the checkpoint of another program into a run folder",
         "shared.verbs:convert",

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Generic, cast
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from shared import checkpoints
-from shared.configuration import ConfigurationError, build, choose
+from shared.configuration import ConfigurationError, build, choose, option
 from shared.denoisers import Denoiser
 from shared.domains import Domain, Invalid, Item
 from shared.predictions import Denoise
@@ -81,9 +81,9 @@ class Model(Generic[Item]):
             self.denoiser.process,
             self.domain,
             n,
-            choose("solver", solver) if isinstance(solver, str) else solver,
+            self._find("solver", solver),
             steps,
-            find_grid(grid, self.domain),
+            find_grid(self._find("grid", grid), self.domain),
             seed,
             request=request,
             batch=batch,
@@ -91,6 +91,11 @@ class Model(Generic[Item]):
             sink=memory,
         )
         return Generated([memory.items[i] for i in range(n)], seed, summary)
+
+    def _find(self, group: str, choice: Any) -> Any:
+        if not isinstance(choice, str):
+            return choice
+        return find_solver(option(group, choice), self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,16 @@ def load(run: str | Path, checkpoint: str | None = None) -> Model[Any]:
     denoiser = build(config.model, domain=domain, schedule=build(config.schedule))
     checkpoints.apply(stored, denoiser)
     return Model(denoiser.eval(), domain, opened, stored)
+
+
+def find_solver(config: Any, checkpoint: checkpoints.Checkpoint) -> Any:
+    """What an option of the groups ``solver`` and ``grid`` describes; a table of Gamma without a
+    path is the one beside the weights of ``checkpoint``."""
+    config = config.copy()
+    for node in (config, *(value for value in config.values() if isinstance(value, DictConfig))):
+        if node.get("_target_") == "shared.variance.load_gamma" and node.get("path") is None:
+            node.path = str(checkpoint.path / checkpoints.GAMMA)
+    return build(config)
 
 
 def find_device(name: str) -> torch.device:

@@ -105,12 +105,17 @@ def save_gamma(path: Path | str, gammas: Mapping[str, Gamma]) -> None:
     Path(path).write_text(json.dumps(tables))
 
 
-def load_gamma(path: Path | str) -> dict[str, Gamma]:
+def load_gamma(path: Path | str | None) -> dict[str, Gamma]:
     """Read what :func:`save_gamma` wrote.
 
     Raises:
-        ValueError: the file holds something else.
+        FileNotFoundError: nothing there.
+        ValueError: no path, or the file holds something else.
     """
+    if path is None:
+        raise ValueError("path: a table of Gamma is needed; write one with save_gamma.")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no table of Gamma at {path}; `variance run=...` estimates it.")
     try:
         tables = json.loads(Path(path).read_text())
         return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,21 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from shared.batches import Batches
+from shared.checkpoints import GAMMA
 from shared.cli import Outcome, Program, Progress, find
 from shared.configuration import ConfigurationError, build, choose, plain
 from shared.denoisers import Denoiser
-from shared.domains import Domain
+from shared.domains import Batch, Domain
 from shared.judging import evaluate, report
-from shared.models import find_device, find_grid, guided, load
+from shared.models import find_device, find_grid, find_solver, guided, load
 from shared.runs import Run
 from shared.sample_folders import Folder
 from shared.sampling import Memory
 from shared.sampling import sample as run_sampling
+from shared.variance import estimate_gamma, save_gamma
 
-__all__ = ["convert", "evaluate", "report", "sample", "state_keys", "train"]
+__all__ = ["convert", "evaluate", "report", "sample", "state_keys", "train", "variance"]
 
 
 def _now() -> str:
@@ -104,9 +107,9 @@ def sample(config: DictConfig, program: Program, progress: Progress | None = Non
         process,
         model.domain,
         config.n,
-        build(config.solver),
+        find_solver(config.solver, model.checkpoint),
         config.steps,
-        find_grid(build(config.grid), model.domain),
+        find_grid(find_solver(config.grid, model.checkpoint), model.domain),
         seed,
         request=plain(config.request),
         batch=config.batch,
@@ -133,6 +136,35 @@ def _sample_folder(config: DictConfig, run: Run) -> tuple[Path, int]:
     own = (run.folder / "config.yaml").exists()  # a run folder, not a shipped model
     folder = run.samples if own else Path("samples") / run.folder.name
     return folder / f"seed-{seed}-{_now()}", seed
+
+
+# -- variance ---------------------------------------------------------------------------------
+
+
+def variance(config: DictConfig, program: Program, progress: Progress | None = None) -> Outcome:
+    """Estimate Gamma (Analytic-DPM) over training data at the times of a grid, and write it
+    beside the weights, where ``solver=analytic_ddpm`` and ``grid=least_cost`` look for it."""
+    model = load(config.run, config.checkpoint)
+    program.check_domain(model.checkpoint.config["domain"])
+    process, device = model.denoiser.process, find_device(config.device)
+    grid = find_grid(build(config.grid), model.domain)
+    times = [t for t in grid(process.lead, config.steps) if float(process.lead.sigma(t)) > 0.0]
+    records = model.domain.datasets()[0]
+    size = min(config.batch, config.n)
+    batches = Batches(model.domain, process, records, size, config.seed)
+
+    def chunks() -> Iterator[Batch]:
+        count = -(-config.n // size)
+        for number in range(count):
+            yield batches[number].batch.to(device)
+            if progress is not None:
+                progress(number + 1, count)
+
+    gammas = estimate_gamma(model.denoiser.to(device), process, chunks(), times, config.seed)
+    folder = Path(config.out or model.checkpoint.path)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_gamma(file := folder / GAMMA, gammas)
+    return Outcome((f"Gamma at {len(times)} times: {file}",), file)
 
 
 # -- convert ----------------------------------------------------------------------------------

@@ -15,10 +15,12 @@ import torch
 from molediff.cli import PROGRAM as MOLEDIFF
 from pointdiff.cli import PROGRAM as POINTDIFF
 from shared import cli, configuration
+from shared.checkpoints import GAMMA
 from shared.cli import VERBS, Converter, Outcome, Verb
 from shared.images.cli import PROGRAM as IMAGEDIFF
 from shared.models import load
 from shared.runs import Run
+from shared.variance import load_gamma
 
 FAST = ["trainer.progress=false", "trainer.validate_every=null", "trainer.log_every=5", "seed=1"]
 
@@ -117,6 +119,27 @@ def test_digits_with_classes_and_guidance(command, digits, tmp_path):
     assert status == 0
     assert "frechet_pca32: " in out
     assert "data:image/png" in (tmp_path / "judged" / "report.html").read_text()
+
+
+def test_the_optimal_variance_is_estimated_once_and_found_again(command, tmp_path):
+    run = trained(tmp_path / "run", "toys", 20, "model.width=16", "trainer.batch_size=32")
+    asked = [f"run={run}", "steps=5", "n=8", "seed=3"]
+    optimal = ["solver=analytic_ddpm", "grid=least_cost"]
+    status, _, error = command("sample", *asked, *optimal, f"out={tmp_path / 'early'}")
+    assert (status, error.count("\n"), "variance run=" in error) == (2, 1, True)
+    assert command("variance", f"run={run}", "n=300", "batch=200", "steps=30")[0] == 0
+    tables = load_gamma(Run.open(run).checkpoint() / GAMMA)
+    values = tables["x"].values
+    assert len(values) == 31
+    assert values[0] < 0.1 < 0.5 < values[-1]  # little noise is hard to tell from the data
+    assert command("sample", *asked, *optimal, f"out={tmp_path / 'own'}")[0] == 0
+    assert command("sample", *asked, "solver=analytic_ddim", f"out={tmp_path / 'ddim'}")[0] == 0
+    drawn = [p.tolist() for p in load(run).sample(8, solver="analytic_ddpm", steps=5, seed=3)]
+    plain = [p.tolist() for p in load(run).sample(8, solver="ddpm", steps=5, seed=3)]
+    assert drawn != plain
+    more = ["model.width=16", "trainer.batch_size=32"]
+    trained(run, "toys", 25, *more)  # other weights, another variance
+    assert not (Run.open(run).checkpoint("last") / GAMMA).exists()
 
 
 def test_files_of_any_origin_are_judged(command, tmp_path):

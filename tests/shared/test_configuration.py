@@ -22,7 +22,7 @@ from shared.solvers.grids import Grid
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = [(g, name) for g in configuration.groups() for name in configuration.options(g)]
-VERBS = ("train", "sample", "evaluate", "report", "convert")
+VERBS = ("train", "sample", "evaluate", "report", "convert", "variance")
 GIVEN = {"denoise", "process", "domain", "schedule", "null", "folder"}
 """Objects that the verbs hand to targets which ask for them."""
 
@@ -55,6 +55,7 @@ def test_every_option_fits_its_target_and_is_built_where_it_can_be(group, name):
             k for k, p in parameters.items() if p.default is p.empty and p.kind not in (2, 4)
         }
         missing = {k for k in keys if OmegaConf.is_missing(node, k)}
+        missing |= {k for k in keys if k == "path" and node.get(k) is None}  # the verbs find it
         assert required - keys <= GIVEN
         wants_more |= bool(required - keys or missing)
     if not wants_more and group != "domain":  # a domain may need its data
