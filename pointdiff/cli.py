@@ -2,11 +2,61 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from omegaconf import DictConfig
+
 from shared import cli
-from shared.cli import Program
+from shared.cli import Outcome, Program, Progress, Verb
+from shared.configuration import ConfigurationError, build
+
+
+def scan(config: DictConfig, program: Program, progress: Progress | None = None) -> Outcome:
+    """``pointdiff scan``: partial views of a complete cloud or mesh, one file each."""
+    from pointdiff import files
+    from pointdiff.clouds import check
+
+    scanner, chosen = build(config.scanner), config.view
+    if chosen not in (None, "all") and not isinstance(chosen, int):
+        raise ConfigurationError(f"view={chosen}: give the number of a camera, all or null.")
+    cloud = check(files.read_one(config.path, surface=config.surface), str(config.path))
+    views = range(scanner.views) if chosen == "all" else [chosen]
+    jobs = [(view, index) for view in views for index in range(config.n)]
+    out = Path(config.out or f"{Path(config.path).stem}_scan.ply")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    names = [out] if len(jobs) == 1 else _numbered(out, len(jobs))
+    for name, (view, index) in zip(names, jobs, strict=True):
+        files.write_one(name, scanner(cloud, config.seed, index, view))
+        if progress is not None:
+            progress(names.index(name) + 1, len(jobs))
+    last = f" to {names[-1]}" if len(names) > 1 else ""
+    return Outcome((f"scanned {config.path} ({len(cloud):,} points): {names[0]}{last}",), out)
+
+
+def _numbered(path: Path, n: int) -> list[Path]:
+    """The names of ``n`` files beside ``path``."""
+    return [path.with_name(f"{path.stem}_{i:03d}{path.suffix}") for i in range(n)]
+
 
 PROGRAM = Program(
-    name="pointdiff", title="Diffusion models of point clouds.", packages=("pointdiff.",)
+    name="pointdiff",
+    title="Diffusion models of point clouds.",
+    packages=("pointdiff.",),
+    default="completion",
+    examples=(
+        "scan chair.obj out=scan.ply view=3",
+        "train experiment=completion_small domain.data=shapes.npz out=runs/mine",
+        "sample run=runs/mine n=8 steps=20 request.scan=scan.ply out=full",
+        "evaluate full reference=truth.npy",
+    ),
+    more={
+        "scan": Verb(
+            "make partial views of a complete cloud or mesh",
+            "pointdiff.cli:scan",
+            bare=True,
+            examples=("chair.obj out=scan.ply view=3", "chair.ply view=all scanner.noise=0.005"),
+        )
+    },
 )
 
 

@@ -1,0 +1,88 @@
+"""Denoisers of point clouds, built for a domain: what the configurations of group ``model``
+name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pointdiff.pdr import network as paths
+from pointdiff.pdr.network import PARTIAL, Branch, DualPath, Transfer
+from shared.denoisers import Denoiser, Head, TimeCode
+from shared.losses import TimeSampler
+from shared.predictions import Condition
+from shared.process import Process, State
+from shared.schedules import Schedule
+
+if TYPE_CHECKING:
+    from pointdiff.domain import Completion
+
+
+class CompletionBackbone(nn.Module):
+    """:class:`DualPath` as a backbone for the condition 'partial' [batch, m, 4] (and 'label').
+
+    Without gradients the features of a partial cloud are computed once and kept for as long as
+    the same tensor comes again, that is for all steps of a sampler.
+    """
+
+    def __init__(self, network: DualPath) -> None:
+        super().__init__()
+        self.network = network
+        self._kept: tuple[Tensor, tuple[int, ...], paths.Condition] | None = None
+
+    def forward(
+        self,
+        inputs: State,
+        code: Tensor,
+        mask: Tensor | None,
+        cond: Condition | None,
+    ) -> State:
+        if cond is None or "partial" not in cond:
+            raise ValueError("the completion model needs the condition 'partial', [batch, m, 4].")
+        features = self._features(cond["partial"].to(inputs["x"].dtype), cond["partial"])
+        return {"x": self.network(inputs["x"], features, code, cond.get("label"))}
+
+    def _features(self, partial: Tensor, key: Tensor) -> paths.Condition:
+        if torch.is_grad_enabled():
+            self._kept = None
+            return self.network.condition(partial)
+        # weights that were loaded, averaged or moved since then have another version or place
+        state = (key._version, *(v for p in self.parameters() for v in (p._version, p.data_ptr())))
+        if self._kept is None or self._kept[0] is not key or self._kept[1] != state:
+            self._kept = key, state, self.network.condition(partial)
+        return self._kept[2]
+
+
+def pdr(
+    domain: Completion,
+    schedule: Schedule,
+    noisy: Mapping[str, Any] | None = None,
+    partial: Mapping[str, Any] | None = None,
+    transfer: Mapping[str, Any] | None = None,
+    whole: tuple[tuple[int, ...], tuple[int, ...]] = ((4, 128, 256), (512, 1024)),
+    time: int = 128,
+    head: Head | None = None,
+    times: TimeSampler | None = None,
+) -> Denoiser:
+    """The conditional network of PDR; ``noisy``, ``partial`` (:class:`Branch`) and ``transfer``
+    (:class:`Transfer`) change what is published. The time code is that of 1000 steps.
+
+    Raises:
+        ValueError: more points in the first level than in the clouds.
+    """
+    above = Branch(**(noisy or {}))
+    below = Branch(**partial) if partial else PARTIAL
+    for name, branch, most in (
+        ("noisy", above, domain.points),
+        ("partial", below, domain.partial_points),
+    ):
+        if branch.points[0] > most:
+            raise ValueError(
+                f"model.{name}.points: {branch.points[0]} points of a cloud with {most}."
+            )
+    network = DualPath(above, below, Transfer(**(transfer or {})), whole, time)
+    code = TimeCode("time", scale=1000.0, shift=-1.0)
+    return Denoiser(CompletionBackbone(network), Process.single(schedule), head, code, times)

@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+
+from pointdiff.cli import PROGRAM
+from pointdiff.files import read_one, write_one
+from pointdiff.scanning import cameras
+from shared import cli
+
+
+@pytest.fixture
+def sphere(tmp_path):
+    x = np.random.default_rng(0).normal(size=(2000, 3))
+    write_one(tmp_path / "sphere.ply", x / np.linalg.norm(x, axis=1, keepdims=True))
+    return tmp_path / "sphere.ply"
+
+
+def run(*words):
+    return cli.main(PROGRAM, [str(word) for word in words])
+
+
+def test_one_scan_of_a_chosen_view(sphere, capsys):
+    out = sphere.with_name("scan.ply")
+    assert run("scan", sphere, f"out={out}", "view=3", "scanner.points=200") == 0
+    scan = read_one(out)
+    assert scan.shape == (200, 3)
+    assert (scan @ cameras()[3]).min() > 0
+    assert "2,000 points" in capsys.readouterr().out
+
+
+def test_all_views_several_times(sphere):
+    out = sphere.with_name("many.xyz")
+    more = ("view=all", "scanner.views=3", "n=2", "scanner.points=50")
+    assert run("scan", sphere, f"out={out}", *more) == 0
+    scans = [read_one(path) for path in sorted(sphere.parent.glob("many_*.xyz"))]
+    assert len(scans) == 6
+    for i, scan in enumerate(scans):
+        assert (scan @ cameras(3)[i // 2]).min() > 0
+    assert not np.array_equal(scans[0], scans[1])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("view=99",), "there are views 0 to 25"),
+        (("view=front",), "give the number of a camera"),
+        (("scanner.method=sonar",), "choose hull or depth"),
+        (("n=0",), "n=0"),
+        (("out=scan.pdf",), "clouds are written to"),
+    ],
+)
+def test_mistakes_are_one_line(sphere, words, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert run("scan", sphere, *words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_scans_of_nothing_are_refused(tmp_path, capsys):
+    write_one(tmp_path / "three.ply", np.eye(3))
+    (tmp_path / "lies.ply").write_bytes(
+        b"ply\nformat binary_little_endian 1.0\nelement vertex 9000\nproperty float x\n"
+        b"property float y\nproperty float z\nend_header\n"
+    )
+    for name, message in (
+        ("three.ply", "3 points, at least 16"),
+        ("lies.ply", "announces 9,000 points, but only 0 bytes follow"),
+        (".", "is a folder"),
+        ("none.ply", "no such file"),
+    ):
+        assert run("scan", tmp_path / name) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
