@@ -98,7 +98,8 @@ class Run:
 
     @classmethod
     def create(cls, folder: Path, config: Mapping[str, Any]) -> Run:
-        """Make a run, or reopen the one in ``folder`` if the settings agree. ``config`` holds
+        """Make a run, or reopen the one in ``folder`` if the settings agree or
+        nothing was trained yet. ``config`` holds
         plain values; a ``seed`` of None is drawn (or taken from the run that is there).
 
         In a distributed job only rank zero writes; the others get the folder and their config.
@@ -123,7 +124,7 @@ class Run:
         known = _read_config(file) if file.exists() else None
         if config.get("seed") is None:
             config["seed"] = secrets.randbelow(2**31) if known is None else known.get("seed")
-        if known is not None:
+        if known is not None and self._started:
             _check_agreement(self.folder, known, config)
         self.config = config
         for name in ("checkpoints", "samples"):
@@ -131,6 +132,11 @@ class Run:
         write_atomically(file, OmegaConf.to_yaml(OmegaConf.create(config)).encode())
         self._record_versions()
         self.log(f"{'started' if known is None else 'reopened'}, seed {config['seed']}")
+
+    @property
+    def _started(self) -> bool:
+        """Whether a checkpoint is there; before the first one a mistake can still be mended."""
+        return any(self.checkpoints.glob(f"*/{MANIFEST}"))
 
     def _record_versions(self) -> None:
         file = self.folder / "versions.json"
@@ -145,6 +151,7 @@ class Run:
 
         Raises:
             FileNotFoundError: none of these; lists the pretrained names.
+            ValueError: a file.
         """
         folder = Path(name)
         if not folder.is_dir():
@@ -153,6 +160,11 @@ class Run:
             return cls(folder, _read_config(folder / "config.yaml"))
         if (folder / MANIFEST).exists():
             return cls(folder, json.loads((folder / MANIFEST).read_text()).get("config", {}))
+        if folder.is_file():
+            raise ValueError(
+                f"'{name}' is a file, not a run folder; the `convert` command turns the "
+                "checkpoint of another program into one."
+            )
         raise FileNotFoundError(
             f"'{name}' is neither a run folder nor a pretrained model; "
             f"pretrained: {', '.join(sorted(pretrained())) or 'none'}."

@@ -64,7 +64,7 @@ class Folder:
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         path = self.path / "settings.json"
         asked = json.loads(json.dumps(settings))
-        if path.exists():
+        if path.exists() and self.manifest.exists():  # else a mistake stopped it before any sample
             had = json.loads(path.read_text(encoding="utf-8"))
             result = had.pop("result", {})
             for key in asked.keys() | had.keys():

@@ -253,6 +253,14 @@ def test_sampling_mistakes(command, digits, tmp_path, change, message):
     assert err.count("\n") == 1
 
 
+def test_a_mistake_does_not_occupy_the_folder(command, toys, tmp_path):
+    asked = ["sample", f"run={toys}", "n=2", "steps=4", f"out={tmp_path / 'out'}"]
+    assert command(*asked, "solver=ddim", "solver.eta=3")[0] == 2
+    assert command(*asked, "grid.t_start=7")[0] == 2
+    assert command(*asked)[0] == 0
+    assert command(*asked, "solver=ddim")[0] == 2  # now it holds samples
+
+
 def test_guidance_needs_a_condition_to_compare_with(command, toys, tmp_path):
     words = ("sample", f"run={toys}", f"out={tmp_path}", "guidance=classifier_free")
     status, _, err = command(*words)

@@ -51,6 +51,12 @@ def test_a_seed_that_was_not_given_is_drawn_once_and_kept(tmp_path):
     assert Run.open(tmp_path / "a").seed == seeds[0]
 
 
+def started(folder):
+    with Run.create(folder, config()) as run:
+        (run.checkpoints / "last").mkdir()
+        (run.checkpoints / "last" / checkpoints.MANIFEST).write_text("{}")
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -67,7 +73,7 @@ def test_a_seed_that_was_not_given_is_drawn_once_and_kept(tmp_path):
     ],
 )
 def test_settings_that_matter_are_named_when_they_differ(tmp_path, changed, message):
-    Run.create(tmp_path / "r", config()).close()
+    started(tmp_path / "r")
     before = (tmp_path / "r" / "config.yaml").read_text()
     with pytest.raises(RunConflict, match=message) as caught:
         Run.create(tmp_path / "r", config(**changed))
@@ -86,9 +92,21 @@ def test_settings_that_matter_are_named_when_they_differ(tmp_path, changed, mess
     ],
 )
 def test_settings_that_do_not_change_the_result_may_change(tmp_path, changed):
-    Run.create(tmp_path / "r", config()).close()
+    started(tmp_path / "r")
     Run.create(tmp_path / "r", config(**changed)).close()
     assert Run.open(tmp_path / "r").config == config(**changed)
+
+
+def test_a_mistake_before_the_first_checkpoint_can_be_mended(tmp_path):
+    Run.create(tmp_path / "r", config(model={"width": 1})).close()
+    Run.create(tmp_path / "r", config()).close()
+    assert Run.open(tmp_path / "r").config == config()
+
+
+def test_a_file_is_no_run(tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="is a file, not a run folder; the `convert`"):
+        Run.open(tmp_path / "model.pt")
 
 
 def _try(folder, answers):
