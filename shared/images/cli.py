@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shared import cli
 from shared.cli import Program
+from shared.images.convert import CONVERTERS
 
 PROGRAM = Program(
     name="imagediff",
@@ -16,7 +17,10 @@ PROGRAM = Program(
         "sample run=runs/digits n=100 solver=dpmpp_2m steps=50 seed=0 out=samples",
         "sample run=runs/digits request.label=3",
         "evaluate samples",
+        "convert ddpm-cifar10-32 out=runs/ddpm",
     ),
+    converters=CONVERTERS,
+    reader="shared.images.convert:read",
 )
 
 

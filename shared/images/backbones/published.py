@@ -148,6 +148,11 @@ _EDM_PARTS = {
 }
 
 
+def edm_side(state: Weights) -> int:
+    """Side of the images of a network of EDM."""
+    return max(int(m[1]) for k in state if (m := re.match(r"enc\.(\d+)x", k)))
+
+
 def from_edm(state: Weights) -> tuple[Options, dict[str, Tensor]]:
     """The state dict of EDM's ``SongUNet`` (DDPM++, NCSN++) or ``DhariwalUNet`` (ADM) -> options
     and weights.
@@ -156,7 +161,7 @@ def from_edm(state: Weights) -> tuple[Options, dict[str, Tensor]]:
         ValueError: an encoder or decoder with image skips.
     """
     sides = {int(m[1]) for k in state if (m := re.match(r"enc\.(\d+)x", k))}
-    side, levels = max(sides), len(sides)
+    side, levels = edm_side(state), len(sides)
     song = "out_conv.weight" not in state
     names = [
         {k.split(".")[1] for k in state if re.match(rf"enc\.{s}x\d+_block", k)} for s in sides
