@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -33,6 +34,47 @@ def scan(config: DictConfig, program: Program, progress: Progress | None = None)
     return Outcome((f"scanned {config.path} ({len(cloud):,} points): {names[0]}{last}",), out)
 
 
+def complete(config: DictConfig, program: Program, progress: Progress | None = None) -> Outcome:
+    """``pointdiff complete``: one scan -> complete clouds, and a page that shows them."""
+    from pointdiff import completion, files, views
+    from pointdiff.metrics import evaluate
+    from shared import reports
+    from shared.models import find_solver
+
+    scan = files.read_one(config.path)
+    truth = None if config.truth is None else files.read_one(config.truth)
+    completer = completion.load(config.run, config.checkpoint)
+    seed = secrets.randbelow(2**31) if config.seed is None else config.seed
+    clouds = completer.complete(
+        scan,
+        config.samples,
+        points=config.points,
+        frame=config.frame,
+        steps=config.steps,
+        seed=seed,
+        solver=find_solver(config.solver, completer.model.checkpoint),
+        device=config.device,
+    )
+    out = Path(config.out or f"{Path(config.path).stem}_complete.ply")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    names = [out] if len(clouds) == 1 else _numbered(out, len(clouds))
+    for name, cloud in zip(names, clouds, strict=True):
+        files.write_one(name, cloud)
+    last = f" to {names[-1]}" if len(names) > 1 else ""
+    lines = [f"completed {config.path} ({len(scan):,} points, seed {seed}): {names[0]}{last}"]
+    if truth is not None:
+        found = evaluate(clouds, [truth] * len(clouds))
+        lines += [f"{name}: {estimate}" for name, estimate in found.items()]
+    if config.report is not None:
+        shown = {"scan": scan, **{f"completion {i}": c for i, c in enumerate(clouds)}}
+        shown |= {} if truth is None else {"truth": truth}
+        body = reports.Section("Clouds", views.gallery(shown))
+        page = reports.page(f"Completion of {config.path}", {"seed": seed}, [body])
+        Path(config.report).write_text(page, encoding="utf-8")
+        lines.append(f"report: {config.report}")
+    return Outcome(lines, out)
+
+
 def _numbered(path: Path, n: int) -> list[Path]:
     """The names of ``n`` files beside ``path``."""
     return [path.with_name(f"{path.stem}_{i:03d}{path.suffix}") for i in range(n)]
@@ -44,18 +86,20 @@ PROGRAM = Program(
     packages=("pointdiff.",),
     default="completion",
     examples=(
+        "complete scan.ply run=runs/mine out=full.ply samples=3 report=full.html",
         "scan chair.obj out=scan.ply view=3",
         "train experiment=completion_small domain.data=shapes.npz out=runs/mine",
         "sample run=runs/mine n=8 steps=20 request.scan=scan.ply out=full",
         "evaluate full reference=truth.npy",
     ),
     more={
+        "complete": Verb("complete a partial scan", "pointdiff.cli:complete", bare=True),
         "scan": Verb(
             "make partial views of a complete cloud or mesh",
             "pointdiff.cli:scan",
             bare=True,
             examples=("chair.obj out=scan.ply view=3", "chair.ply view=all scanner.noise=0.005"),
-        )
+        ),
     },
 )
 

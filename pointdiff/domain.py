@@ -121,9 +121,9 @@ class Completion(Domain[Cloud]):
         return self._pairs(rows, fresh=False)
 
     def template(self, seed: int, indices: Sequence[int], **request: Any) -> Batch:
-        """``request``: ``scan``, a file or folder of partial clouds in the frame of the data, of
-        which sample i completes number i modulo their count (by default the test scans);
-        ``points``, of a completion."""
+        """``request``: ``scan``, a partial cloud [n, 3], or a file or folder of them, in the frame
+        of the data, of which sample i completes number i modulo their count (by default the test
+        scans); ``points``, of a completion."""
         reject_unknown("completion, request", request, ("scan", "points"))
         points = request.get("points", self.points)
         if not isinstance(points, int) or points < 1:
@@ -131,7 +131,7 @@ class Completion(Domain[Cloud]):
         if request.get("scan") is None:
             partial = [self.test[i % len(self.test)].partial for i in indices]
         else:
-            scans = self._scans(str(request["scan"]))
+            scans = self._scans(request["scan"])
             partial = [self.enter(scans[i % len(scans)], seed, i) for i in indices]
         state = {"x": torch.zeros(len(indices), points, 3)}
         return Batch(state, cond={"partial": torch.from_numpy(np.stack(partial))})
@@ -141,7 +141,9 @@ class Completion(Domain[Cloud]):
         generator = stream(seed, index, "template", 0)
         return with_flags(resample(scan, self.partial_points, generator), self.mirror, generator)
 
-    def _scans(self, path: str) -> list[Cloud]:
+    def _scans(self, path: str | Cloud) -> list[Cloud]:
+        if isinstance(path, np.ndarray):
+            return [check(path, "request.scan")]
         scans = []
         for number, cloud in enumerate(files.read(path)):
             if isinstance(cloud, Invalid):
