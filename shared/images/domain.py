@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, TensorDataset
 from shared.configuration import reject_unknown
 from shared.domains import Batch, Domain, Invalid
 from shared.images import files
+from shared.images.data import load
 from shared.images.files import Picture
 from shared.metrics import Estimate, proportion
 from shared.process import State
@@ -44,8 +45,8 @@ class Images(Domain[Picture]):
     [channels, height, width] scaled to [-1, 1].
 
     Args:
-        data: 'digits' (1,797 grey images of 8 x 8 pixels, ten classes) or the path of an .npz file
-            with ``images`` uint8 [n, height, width(, 3)] and, optionally, ``labels`` [n].
+        data: 'digits' (1,797 grey images of 8 x 8 pixels, ten classes) or a path that
+            :func:`shared.images.data.load` takes: an .npz, CIFAR-10's batches, a folder.
         validation: share of the images, drawn at random once for all, kept for validation.
         drop_label: how often training replaces the label by 'any class'.
 
@@ -102,17 +103,7 @@ class Images(Domain[Picture]):
             images, labels = load_digits(return_X_y=True)
             grey = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
             return grey, labels.astype(np.int64)
-        path = Path(self.data)
-        if not path.exists():
-            raise FileNotFoundError(f"images, data: no file {path}; give 'digits' or an .npz.")
-        with np.load(path, allow_pickle=False) as arrays:
-            images = arrays.get("images")
-            labels = arrays.get("labels")
-        if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4):
-            raise ValueError(
-                f"{path}: needs an array 'images', uint8 [n, height, width] or [..., 3]."
-            )
-        return images, None if labels is None else labels.astype(np.int64)
+        return load(Path(self.data))
 
     @cached_property
     def _held_out(self) -> np.ndarray:
