@@ -249,6 +249,7 @@ def overrides(
 def execute(program: Program, verb: str, config: DictConfig) -> int:
     """Run a verb with its progress bar and print what it has to say."""
     check_numbers(config)
+    check_out(config)
     with Bar(verb) as bar:
         outcome = program.verbs[verb](config, program, bar)
     print("\n".join(outcome.lines))
@@ -267,6 +268,20 @@ def check_numbers(config: DictConfig) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigurationError(f"{key}={value}: give a whole number of at least {least}.")
+
+
+def check_out(config: DictConfig) -> None:
+    """Refuse an ``out`` that cannot be a folder.
+
+    Raises:
+        ConfigurationError: names the file in the way, or the folder that cannot be written.
+    """
+    out = Path(config.get("out") or ".").absolute()
+    place = next(path for path in (out, *out.parents) if path.exists())
+    if not place.is_dir():
+        raise ConfigurationError(f"out={config.out}: {place} is a file; give a folder.")
+    if config.get("out") and not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigurationError(f"out={config.out}: {place} cannot be written; choose another.")
 
 
 class Bar:

@@ -16,6 +16,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,20 @@ class ScoreSDETimes(Grid):
         return [*torch.linspace(start, end, intervals, dtype=torch.float64).tolist(), 0.0]
 
 
+def check_published_times(times: Sequence[float]) -> None:
+    """Refuse a grid whose evaluation times are not even, as the published steps of 1/N are.
+
+    Raises:
+        ValueError: names the grid to use.
+    """
+    gaps = [a - b for a, b in pairwise(times[:-1])]
+    if gaps and max(gaps) - min(gaps) > 1e-6 * max(gaps):
+        raise ValueError(
+            "time grid: score_sde=True steps evenly in time; use grid score_sde (ScoreSDETimes), "
+            "or score_sde=False."
+        )
+
+
 class Forward(NamedTuple):
     """A forward transition: x_t = ``alpha`` x_s + sqrt(``variance``) z; sigma_t^2 = ``level``."""
 
@@ -74,6 +89,11 @@ def _published_step(schedule: Schedule, t: float, n: int, i: int) -> Forward:
     if isinstance(schedule, VPLinear):
         rise = (schedule.beta_max - schedule.beta_min) * level / max(n - 1, 1)
         beta = (schedule.beta_min + rise) / n
+        if beta >= 1.0:
+            raise ValueError(
+                f"score_sde=True: {n} steps are too few, its noise level {beta:.3g} must be below "
+                f"1; take more than beta_max = {schedule.beta_max:g} steps, or score_sde=False."
+            )
         return Forward(math.sqrt(1.0 - beta), beta, float(schedule.sigma(t)) ** 2)
     if isinstance(schedule, VarianceExploding):
         here, below = (float(schedule.sigma(k / max(n - 1, 1))) ** 2 for k in (level, level - 1))
@@ -122,6 +142,8 @@ class _ReverseSDE(PlanSolver):
     def write(
         self, tape: Tape, schedule: Schedule, times: Sequence[float], lead: Schedule
     ) -> None:
+        if self.score_sde:
+            check_published_times(times)
         x, last = tape.start(), len(times) - 2
         for i, t in enumerate(times[:-1]):
             _, eps = tape.predict(x, t)

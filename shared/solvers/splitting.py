@@ -12,7 +12,7 @@ from shared.predictions import Prediction
 from shared.process import Field, Process, State
 from shared.schedules import Schedule, VariancePreserving
 from shared.solvers.base import Solver, check_times
-from shared.solvers.langevin import Langevin, forward_step
+from shared.solvers.langevin import Langevin, check_published_times, forward_step
 from shared.solvers.plan import After, Denoise, Draw, Project
 
 
@@ -52,6 +52,8 @@ class SymmetricSplitting(Solver):
         after: After | None = None,
     ) -> State:
         check_times(process.lead, times)
+        if self.score_sde:
+            check_published_times(times)
         for i in range(len(times) - 1):
             predictions: Mapping[str, Prediction] = denoise(x, times[i])
             x = {

@@ -261,6 +261,14 @@ def test_a_mistake_does_not_occupy_the_folder(command, toys, tmp_path):
     assert command(*asked, "solver=ddim")[0] == 2  # now it holds samples
 
 
+def test_a_file_in_the_way_of_out_is_named(command, toys, tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    for out in ("taken", "taken/inside"):
+        status, _, err = command("sample", f"run={toys}", f"out={tmp_path / out}")
+        assert (status, "taken is a file; give a folder" in err) == (2, True)
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
 def test_guidance_needs_a_condition_to_compare_with(command, toys, tmp_path):
     words = ("sample", f"run={toys}", f"out={tmp_path}", "guidance=classifier_free")
     status, _, err = command(*words)

@@ -27,6 +27,7 @@ from shared.process import Field, Process, State
 from shared.randomness import Draws
 from shared.schedules import SubVP, VarianceExploding, VPLinear
 from shared.solvers.ancestral import DDPM
+from shared.solvers.grids import LogSNRTimes
 from shared.solvers.karras import Heun
 from shared.solvers.langevin import (
     AncestralSDE,
@@ -276,3 +277,20 @@ def test_published_levels_of_a_ve_table_end_at_zero() -> None:
     sizes = [next(iter(row.z.values())) for row in rows]
     assert sizes[-1] == pytest.approx(0.01)
     assert math.fsum(c**2 for c in sizes) == pytest.approx(50.0**2)
+
+
+@pytest.mark.parametrize(
+    "solver", [ReverseDiffusion(score_sde=True), EulerMaruyama(score_sde=True)]
+)
+def test_published_steps_refuse_an_uneven_grid(solver) -> None:
+    schedule = VPLinear()
+    assert solver.plan(schedule, ScoreSDETimes(1e-4)(schedule, 40)).nfe == 40
+    with pytest.raises(ValueError, match="use grid score_sde"):
+        solver.plan(schedule, LogSNRTimes()(schedule, 40))
+
+
+def test_published_steps_need_more_than_beta_max() -> None:
+    solver, schedule = ReverseDiffusion(score_sde=True), VPLinear(beta_max=20.0)
+    with pytest.raises(ValueError, match="20 steps are too few.*more than beta_max = 20"):
+        solver.plan(schedule, ScoreSDETimes()(schedule, 20))
+    assert solver.plan(schedule, ScoreSDETimes()(schedule, 21)).nfe == 21
