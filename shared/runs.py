@@ -98,9 +98,9 @@ class Run:
 
     @classmethod
     def create(cls, folder: Path, config: Mapping[str, Any]) -> Run:
-        """Make a run, or reopen the one in ``folder`` if the settings agree or
-        nothing was trained yet. ``config`` holds
-        plain values; a ``seed`` of None is drawn (or taken from the run that is there).
+        """Make a run, or reopen the one in ``folder`` if the settings agree or nothing was trained
+        yet. ``config`` holds plain values; a ``seed`` of None is drawn (or taken from the run that
+        is there).
 
         In a distributed job only rank zero writes; the others get the folder and their config.
 

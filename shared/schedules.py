@@ -129,18 +129,17 @@ class VPCosine(VariancePreserving):
     t_max: float = 0.9946
 
     def log_alpha(self, t: Time) -> Tensor:
-        # log(cos(a + d) / cos a) without cancellation at small t, and exactly 0 at t = 0
-        half = as_time(t) / (1 + self.s) * (math.pi / 4)
-        start = self.s / (1 + self.s) * (math.pi / 2)
-        return torch.log1p(-2.0 * torch.sin(half) * torch.sin(half + start) / math.cos(start))
+        half = as_time(t) / (1 + self.s) * (math.pi / 4)  # exactly 0 at t = 0, no cancellation
+        ratio = torch.sin(half) * torch.sin(half + self._start) / math.cos(self._start)
+        return torch.log1p(-2.0 * ratio)
 
     def t_from_log_alpha(self, log_alpha: Tensor) -> Tensor:
-        angle = torch.arccos((log_alpha + self._log_alpha_shift).exp().clamp(max=1.0))
-        return (angle * 2 / math.pi * (1 + self.s) - self.s).clamp(min=0.0)
+        angle = torch.arccos(log_alpha.exp().clamp(max=1.0) * math.cos(self._start))
+        return ((angle - self._start) * 2 / math.pi * (1 + self.s)).clamp(min=0.0)
 
     @property
-    def _log_alpha_shift(self) -> float:
-        return math.log(math.cos(self.s / (1 + self.s) * math.pi / 2))
+    def _start(self) -> float:
+        return self.s / (1 + self.s) * math.pi / 2
 
 
 @dataclass(frozen=True)

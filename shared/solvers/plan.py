@@ -352,16 +352,16 @@ def run(
         if i % 8 == 0 or i + 1 == len(lead.rows):  # every row would cost a pass over the state
             _check_finite(new, row, i)
         states[i + 1] = new
-        for key in [k for k in stored if all(p.last_use.get(k, -1) <= i for p in plans.values())]:
+        for key in [k for k in stored if _dead(plans, k, i)]:
             del stored[key]
-        dead = [
-            s
-            for s in states
-            if s <= i and all(p.last_use.get(("state", s), -1) <= i for p in plans.values())
-        ]
-        for s in dead:
+        for s in [s for s in states if s <= i and _dead(plans, ("state", s), i)]:
             del states[s]
     return states[len(lead.rows)]
+
+
+def _dead(plans: Mapping[str, Plan], key: tuple[str, int], i: int) -> bool:
+    """Whether no row after ``i`` reads what ``key`` of ``last_use`` names."""
+    return all(plan.last_use.get(key, -1) <= i for plan in plans.values())
 
 
 def _rows(value: Tensor, rows: Tensor) -> Tensor:
