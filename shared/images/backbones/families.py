@@ -33,14 +33,15 @@ class Layer:
 def layers(options: UNetOptions) -> Iterator[Layer]:
     """All layers in the order of evaluation."""
     levels, blocks = range(len(options.multipliers)), options.blocks
-    down = [(v, k, False) for v in levels for k in range(blocks)]
-    down = [e for b in down for e in ([(b[0], 0, True)] if b[0] and not b[1] else []) + [b]]
-    up = [(v, k, False) for v in reversed(levels) for k in range(blocks + 1)]
-    up = [e for b in up for e in [b] + ([(b[0], 0, True)] if b[0] and b[1] == blocks else [])]
+    down, up = [], []
+    for level in levels:
+        down += [(level, 0, True)] * bool(level) + [(level, k, False) for k in range(blocks)]
+    for level in reversed(levels):
+        up += [(level, k, False) for k in range(blocks + 1)] + [(level, 0, True)] * bool(level)
     middle = [(levels[-1], 0, False), (levels[-1], 1, False)]
     for name, entries in (("down", down), ("middle", middle), ("up", up)):
-        for i, (level, number, resizes) in enumerate(entries):
-            yield Layer(f"{name}.{i}", level, number, resizes)
+        for i, entry in enumerate(entries):
+            yield Layer(f"{name}.{i}", *entry)
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,13 @@ _EDM_PARTS = {
 
 def edm_side(state: Weights) -> int:
     """Side of the images of a network of EDM."""
-    return max(int(m[1]) for k in state if (m := re.match(r"enc\.(\d+)x", k)))
+    return _edm_sides(state)[0]
+
+
+def _edm_sides(state: Weights) -> list[int]:
+    """Of every level, finest first."""
+    found = {int(m[1]) for k in state if (m := re.match(r"enc\.(\d+)x", k))}
+    return sorted(found, reverse=True)
 
 
 def from_edm(state: Weights) -> tuple[Options, dict[str, Tensor]]:
@@ -160,32 +166,22 @@ def from_edm(state: Weights) -> tuple[Options, dict[str, Tensor]]:
     Raises:
         ValueError: an encoder or decoder with image skips.
     """
-    sides = {int(m[1]) for k in state if (m := re.match(r"enc\.(\d+)x", k))}
-    side, levels = edm_side(state), len(sides)
-    song = "out_conv.weight" not in state
-    names = [
-        {k.split(".")[1] for k in state if re.match(rf"enc\.{s}x\d+_block", k)} for s in sides
-    ]
-    order = sorted(sides, reverse=True)
-    width = len(state[f"enc.{side}x{side}_conv.bias"])
+    side, song = edm_side(state), "out_conv.weight" not in state
+    levels = [f"enc.{s}x{s}" for s in _edm_sides(state)]
     base = state["map_layer0.weight"].shape[0] // 4
     leave = f"dec.{side}x{side}_aux_conv.bias" if song else "out_conv.bias"
     labels = state["map_label.weight"].shape[1] if "map_label.weight" in state else 0
     options: Options = {
         **PRESETS[_edm_preset(state, song)],
-        "channels": state[f"enc.{side}x{side}_conv.weight"].shape[1],
+        "channels": state[f"{levels[0]}_conv.weight"].shape[1],
         "outputs": len(state[leave]),
         "classes": labels,
         "augment": state["map_augment.weight"].shape[1] if "map_augment.weight" in state else 0,
         "width": base,
-        "enter": width,
-        "multipliers": [len(state[f"enc.{s}x{s}_block0.conv0.bias"]) / base for s in order],
-        "blocks": len(names[0]),
-        "attention": [
-            level
-            for level in range(levels)
-            if f"enc.{order[level]}x{order[level]}_block0.qkv.weight" in state
-        ],
+        "enter": len(state[f"{levels[0]}_conv.bias"]),
+        "multipliers": [len(state[f"{level}_block0.conv0.bias"]) / base for level in levels],
+        "blocks": sum(k.startswith(levels[0]) and k.endswith(".conv0.bias") for k in state),
+        "attention": [v for v, name in enumerate(levels) if f"{name}_block0.qkv.weight" in state],
         "group_size": 4,
         "label_first": song,
     }
