@@ -1,6 +1,6 @@
 """Put the tables of benchmarks/results into README.md, between their markers.
 
-    python benchmarks/readme.py [--check]
+python benchmarks/readme.py [--check]
 """
 
 from __future__ import annotations

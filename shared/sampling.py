@@ -95,7 +95,9 @@ def time_grid(process: Process, solver: Solver, grid: Grid, steps: int) -> list[
         times = grid(process.lead, intervals)
         if isinstance(solver, PlanSolver):
             # a last step that does not end at sigma = 0 may cost one call more
-            while len(times) > 2 and next(iter(solver.plans(process, times).values())).nfe > steps:
+            while next(iter(solver.plans(process, times).values())).nfe > steps:
+                if len(times) == 2:
+                    raise ValueError(f"steps={steps} is too few for one step; give more.")
                 times = grid(process.lead, len(times) - 2)
     except ValueError as error:
         raise ValueError(

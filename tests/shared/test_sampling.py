@@ -17,10 +17,12 @@ from shared.analytic import AnalyticDenoiser, Mixture
 from shared.domains import Invalid
 from shared.process import Process
 from shared.sample_folders import Folder, read_manifest
-from shared.sampling import DecodeError, Memory, Summary, sample
-from shared.schedules import RectifiedFlow, VPCosine
+from shared.sampling import DecodeError, Memory, Summary, sample, time_grid
+from shared.schedules import RectifiedFlow, VPCosine, VPLinear
+from shared.solvers.ancestral import DDIM
 from shared.solvers.dpm_solver import DPMSolverMultistep
 from shared.solvers.grids import GivenTimes, LogSNRTimes
+from shared.solvers.karras import Heun
 from shared.toys import Toys
 
 PROCESS = Process.single(VPCosine())
@@ -294,3 +296,13 @@ def test_a_killed_process_loses_the_chunk_in_flight_only(tmp_path):
     other = Folder(tmp_path / "other", Toys(), SETTINGS)
     draw(sink=other)
     assert sink.file.read_bytes() == other.file.read_bytes()
+
+
+def test_a_budget_is_never_exceeded():
+    process = Process.single(VPLinear())
+    for solver, steps in [(Heun(), 5), (Heun(), 2), (DDIM(), 5)]:
+        times = time_grid(process, solver, LogSNRTimes(), steps)
+        (plan,) = solver.plans(process, times).values()
+        assert plan.nfe <= steps
+    with pytest.raises(ValueError, match="too few for one step"):
+        time_grid(process, Heun(), LogSNRTimes(), 1)
