@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 from common import markdown, publish
+from rdkit import Chem
+from rdkit.Chem import Draw
 
 import molediff
+from molediff import Molecule, evaluate
 from molediff.geometric.domain import Molecules
-from molediff.geometric.metrics import evaluate
+from molediff.geometric.stability import valence_verdicts
 from shared.models import Model
 from shared.randomness import stream
 from shared.solvers.ancestral import DDPM
@@ -73,6 +76,18 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown(columns, lines)
 
 
+def picture(model: Model[Any], path: Path, args: argparse.Namespace, most: int = 10) -> None:
+    """The first ``most`` molecules of the seed that are valid by the corrected rule."""
+    items = model.sample(min(args.n, 64), seed=args.seed, batch=args.batch)
+    smiles = [
+        s for s in valence_verdicts([m for m in items if isinstance(m, Molecule)]).smiles if s
+    ]
+    drawn = [Chem.MolFromSmiles(s) for s in smiles[:most]]
+    if drawn:
+        image = Draw.MolsToGridImage(drawn, molsPerRow=5, subImgSize=(220, 160))
+        image.save(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--run", default="qm9", help="run folder or pretrained name")
@@ -99,6 +114,7 @@ def main() -> None:
             for calls in map(int, args.calls.split(",")):
                 rows.append(row(model, name, grid, calls, args))
                 publish(args.out, "molecules", {"run": args.run, "rows": rows}, table(rows))
+    picture(model, args.out / "molecules.png", args)
 
 
 if __name__ == "__main__":

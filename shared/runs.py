@@ -154,7 +154,7 @@ class Run:
             ValueError: a file.
         """
         folder = Path(name)
-        if not folder.is_dir():
+        if not any((folder / name).exists() for name in ("config.yaml", MANIFEST)):
             folder = pretrained().get(str(name), folder)
         if (folder / "config.yaml").exists():
             return cls(folder, _read_config(folder / "config.yaml"))

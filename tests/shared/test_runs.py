@@ -190,3 +190,13 @@ def test_a_pretrained_model_is_found_by_name(tmp_path):
 
 def test_flat_keys():
     assert flat({"a": {"b": 1, "c": {}}, "d": (1, 2)}) == {"a.b": 1, "a.c": {}, "d": [1, 2]}
+
+
+def test_a_folder_that_is_no_run_does_not_hide_a_pretrained_model(tmp_path, monkeypatch):
+    stored = tmp_path / "package" / "mine"
+    stored.mkdir(parents=True)
+    (stored / "checkpoint.json").write_text('{"config": {"a": 1}}')
+    monkeypatch.setattr("shared.runs._pretrained", [tmp_path / "package"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert Run.open("mine").folder == stored
