@@ -39,7 +39,7 @@ def complete(config: DictConfig, program: Program, progress: Progress | None = N
     from pointdiff import completion, files, views
     from pointdiff.metrics import evaluate
     from shared import reports
-    from shared.models import find_solver
+    from shared.models import find_choice
 
     scan = files.read_one(config.path)
     truth = None if config.truth is None else files.read_one(config.truth)
@@ -52,7 +52,7 @@ def complete(config: DictConfig, program: Program, progress: Progress | None = N
         frame=config.frame,
         steps=config.steps,
         seed=seed,
-        solver=find_solver(config.solver, completer.model.checkpoint),
+        solver=find_choice(config.solver, completer.model.domain, completer.model.checkpoint),
         device=config.device,
     )
     out = Path(config.out or f"{Path(config.path).stem}_complete.ply")

@@ -348,7 +348,8 @@ def _job(program: Program, verb: str, config: DictConfig) -> int:
 
 def overview(program: Program) -> str:
     """The help of the whole program."""
-    verbs = "\n".join(f"  {name:<9} {verb.help}" for name, verb in program.verbs.items())
+    wide = max(map(len, program.verbs))
+    verbs = "\n".join(f"  {name:<{wide}} {verb.help}" for name, verb in program.verbs.items())
     examples = "\n".join(f"  {program.name} {example}" for example in program.examples)
     return (
         f"{program.title}\n\nusage: {program.name} VERB key=value ...   ({program.name} VERB "

@@ -53,8 +53,9 @@ class Domain(ABC, Generic[Item]):
     """
 
     name: ClassVar[str]
+    solver: ClassVar[str] = "dpmpp_2m"
     grid: ClassVar[str] = "log_snr"
-    """The time grid, of configuration group ``grid``, that suits this domain's models."""
+    """The options of the configuration groups ``solver`` and ``grid`` that suit its models."""
 
     @abstractmethod
     def statistics(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, cast
+from typing import Any, Generic
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -49,7 +49,7 @@ class Model(Generic[Item]):
         self,
         n: int,
         *,
-        solver: str | Solver = "dpmpp_2m",
+        solver: str | Solver = "auto",
         steps: int = 50,
         grid: str | Grid = "auto",
         seed: int | None = None,
@@ -61,9 +61,10 @@ class Model(Generic[Item]):
         """Generate the samples 0..n-1 of ``seed``.
 
         Args:
-            solver: a name of the configuration group ``solver``, or a solver.
+            solver: a name of the configuration group ``solver``, or a solver; 'auto' is the one
+                that suits the domain.
             steps: denoiser calls per sample.
-            grid: likewise of group ``grid``; 'auto' is the domain's own.
+            grid: likewise of group ``grid``.
             seed: None draws one, which the result tells.
             denoise: a guided form of ``denoiser``.
             batch: samples at a time; halved when memory runs out.
@@ -83,7 +84,7 @@ class Model(Generic[Item]):
             n,
             self._find("solver", solver),
             steps,
-            find_grid(self._find("grid", grid), self.domain),
+            self._find("grid", grid),
             seed,
             request=request,
             batch=batch,
@@ -95,25 +96,14 @@ class Model(Generic[Item]):
     def _find(self, group: str, choice: Any) -> Any:
         if not isinstance(choice, str):
             return choice
-        return find_solver(option(group, choice), self.checkpoint)
+        return find_choice(option(group, choice), self.domain, self.checkpoint)
 
 
-@dataclass(frozen=True)
-class DomainGrid:
-    """Stands for the grid that suits the model's domain, between other ends where given."""
-
-    t_start: float | None = None
-    t_end: float | None = None
-
-    def __call__(self, domain: Domain[Any]) -> Grid:
-        ends = {"t_start": self.t_start, "t_end": self.t_end}
-        return cast(Grid, choose("grid", domain.grid, **ends))
-
-
-def find_grid(grid: str | Grid | DomainGrid, domain: Domain[Any]) -> Grid:
-    """A time grid by its name in the configuration group ``grid``, or as it is."""
-    found = choose("grid", grid) if isinstance(grid, str) else grid
-    return found(domain) if isinstance(found, DomainGrid) else found
+def suited(group: str, domain: Domain[Any], **options: Any) -> Any:
+    """The option of ``group`` ('solver' or 'grid') that suits a domain, with its own options
+    where others are given."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return choose(group, getattr(domain, group), **given)
 
 
 def load(run: str | Path, checkpoint: str | None = None) -> Model[Any]:
@@ -135,14 +125,22 @@ def load(run: str | Path, checkpoint: str | None = None) -> Model[Any]:
     return Model(denoiser.eval(), domain, opened, stored)
 
 
-def find_solver(config: Any, checkpoint: checkpoints.Checkpoint) -> Any:
+def find_choice(config: Any, domain: Domain[Any], checkpoint: checkpoints.Checkpoint) -> Any:
     """What an option of the groups ``solver`` and ``grid`` describes; a table of Gamma without a
     path is the one beside the weights of ``checkpoint``."""
     config = config.copy()
     for node in (config, *(value for value in config.values() if isinstance(value, DictConfig))):
         if node.get("_target_") == "shared.variance.load_gamma" and node.get("path") is None:
             node.path = str(checkpoint.path / checkpoints.GAMMA)
-    return build(config)
+    return build(config, domain=domain)
+
+
+def settled(config: Any, domain: Domain[Any]) -> Any:
+    """The option that 'auto' stands for; any other as it is."""
+    if config.get("_target_") != "shared.models.suited":
+        return config
+    options = {k: v for k, v in config.items() if k not in ("_target_", "group") and v is not None}
+    return option(config.group, getattr(domain, config.group), **options)
 
 
 def find_device(name: str) -> torch.device:

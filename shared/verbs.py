@@ -20,11 +20,11 @@ from torch import Tensor
 from shared.batches import Batches
 from shared.checkpoints import GAMMA
 from shared.cli import Outcome, Program, Progress, find
-from shared.configuration import ConfigurationError, build, choose, plain
+from shared.configuration import ConfigurationError, build, option, plain
 from shared.denoisers import Denoiser
 from shared.domains import Batch, Domain
 from shared.judging import evaluate, report
-from shared.models import find_device, find_grid, find_solver, guided, load
+from shared.models import find_choice, find_device, guided, load, settled
 from shared.runs import Run
 from shared.sample_folders import Folder
 from shared.sampling import Memory
@@ -65,7 +65,7 @@ def _score(
     domain: Domain[Any], config: Any, seed: int
 ) -> Callable[[Denoiser, int], dict[str, float]]:
     """Draws ``config.n`` samples and measures them with the domain's metrics."""
-    solver, grid = choose("solver", config.solver), find_grid(config.grid, domain)
+    solver, grid = (build(option(g, config[g]), domain=domain) for g in ("solver", "grid"))
 
     def score(denoiser: Denoiser, step: int) -> dict[str, float]:
         sink, process = Memory(), denoiser.process
@@ -96,7 +96,8 @@ def sample(config: DictConfig, program: Program, progress: Progress | None = Non
         "statistics": model.checkpoint.statistics,
         "seed": seed,
         **plain(OmegaConf.masked_copy(config, ["n", "steps", "request"])),
-        **{key: plain(config[key] or {}) for key in ("solver", "grid", "guidance")},
+        **{key: plain(settled(config[key], model.domain)) for key in ("solver", "grid")},
+        "guidance": plain(config.guidance or {}),
     }
     device = find_device(config.device)
     process = model.denoiser.process
@@ -107,9 +108,9 @@ def sample(config: DictConfig, program: Program, progress: Progress | None = Non
         process,
         model.domain,
         config.n,
-        find_solver(config.solver, model.checkpoint),
+        find_choice(config.solver, model.domain, model.checkpoint),
         config.steps,
-        find_grid(find_solver(config.grid, model.checkpoint), model.domain),
+        find_choice(config.grid, model.domain, model.checkpoint),
         seed,
         request=plain(config.request),
         batch=config.batch,
@@ -147,7 +148,7 @@ def variance(config: DictConfig, program: Program, progress: Progress | None = N
     model = load(config.run, config.checkpoint)
     program.check_domain(model.checkpoint.config["domain"])
     process, device = model.denoiser.process, find_device(config.device)
-    grid = find_grid(build(config.grid), model.domain)
+    grid = find_choice(config.grid, model.domain, model.checkpoint)
     times = [t for t in grid(process.lead, config.steps) if float(process.lead.sigma(t)) > 0.0]
     records = model.domain.datasets()[0]
     size = min(config.batch, config.n)

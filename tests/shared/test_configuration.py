@@ -15,7 +15,6 @@ from omegaconf import OmegaConf
 
 from shared import configuration
 from shared.configuration import ConfigurationError, build, choose, compose, option
-from shared.models import DomainGrid
 from shared.schedules import Schedule
 from shared.solvers.base import Solver
 from shared.solvers.grids import Grid
@@ -60,7 +59,7 @@ def test_every_option_fits_its_target_and_is_built_where_it_can_be(group, name):
         wants_more |= bool(required - keys or missing)
     if not wants_more and group != "domain":  # a domain may need its data
         built = build(config)
-        kinds = {"schedule": Schedule, "solver": Solver, "grid": (Grid, DomainGrid)}
+        kinds = {"schedule": Schedule, "solver": Solver, "grid": Grid}
         assert isinstance(built, kinds.get(group, object))
 
 
