@@ -119,10 +119,11 @@ def sample(config: DictConfig, program: Program, progress: Progress | None = Non
         progress=progress,
     )
     sink.finish(summary)
-    lines = [f"{summary.ok} samples in {sink.file} (seed {seed}, {summary.nfe} denoiser calls)"]
+    where = f" in {sink.file}" if summary.ok else ""
+    lines = [f"{summary.ok} samples{where} (seed {seed}, {summary.nfe} denoiser calls)"]
     lines += [f"{summary.invalid} of {summary.n} could not be decoded"] * bool(summary.invalid)
     lines += [f"{summary.failed} of {summary.n} failed"] * bool(summary.failed)
-    return Outcome(lines, folder, summary.failed == 0)
+    return Outcome(lines, folder, summary.failed == 0 and summary.ok > 0)
 
 
 def _sample_folder(config: DictConfig, run: Run) -> tuple[Path, int]:

@@ -436,3 +436,12 @@ def test_programs_add_verbs(command):
 def test_the_doctor_is_a_verb(command):
     status, out, _ = command("doctor")
     assert (status, "torch" in out) == (0, True)
+
+
+def test_a_run_without_any_sample_fails_and_names_no_file(command, toys, tmp_path, monkeypatch):
+    monkeypatch.setattr("shared.toys.FARTHEST", 0.0)
+    words = (f"run={toys}", "n=4", "steps=2", "seed=0", f"out={tmp_path / 'out'}")
+    status, out, _ = command("sample", *words)
+    assert status == 1
+    assert out.startswith("0 samples (seed 0")
+    assert "4 of 4 could not be decoded" in out
