@@ -17,8 +17,8 @@ a scrambled one can take minutes."""
 
 COVALENT_FACTORS = (1.2, 1.15)
 """Atoms closer than this times the sum of their covalent radii are bonded; the second is tried
-where the first gives no molecule. RDKit's own 1.3 joins atoms across small rings: it finds no
-molecule for 5 % of the strained cages of QM9, these two for none of them."""
+where the first gives no molecule. RDKit's own 1.3 joins atoms across small rings
+and finds no molecule for many of the strained cages of QM9."""
 
 
 def edm_bond_orders(atomic_numbers: np.ndarray, positions: np.ndarray) -> np.ndarray:

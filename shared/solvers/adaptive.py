@@ -299,7 +299,7 @@ class AdaptiveSDE(AdaptiveSolver):
 
     The error is a mean over a sample's entries, and a step that was refused draws new noise. With
     a hundred entries that is harmless; with two, steps pass by luck, and the samples spread too
-    far (variance 1.5 times too large in a test), so use another solver there.
+    far, so use another solver there.
 
     Args:
         rtol, atol: tolerances; the paper's atol is (range of the data) / 256.
