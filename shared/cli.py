@@ -264,7 +264,7 @@ def check_numbers(config: DictConfig) -> None:
     """
     for key, least in (("n", 1), ("steps", 1), ("batch", 1), ("seed", 0)):
         value = config.get(key)
-        if value is None and (key == "seed" or key not in config):
+        if value is None and (key in ("seed", "steps") or key not in config):
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigurationError(f"{key}={value}: give a whole number of at least {least}.")

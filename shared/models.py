@@ -22,6 +22,9 @@ from shared.sampling import sample as run_sampling
 from shared.solvers.base import Solver
 from shared.solvers.grids import Grid
 
+STEPS = 50
+"""Denoiser calls per sample where nothing else is said."""
+
 
 @dataclass(frozen=True)
 class Generated(Generic[Item]):
@@ -50,7 +53,7 @@ class Model(Generic[Item]):
         n: int,
         *,
         solver: str | Solver = "auto",
-        steps: int = 50,
+        steps: int | None = None,
         grid: str | Grid = "auto",
         seed: int | None = None,
         denoise: Denoise | None = None,
@@ -62,8 +65,8 @@ class Model(Generic[Item]):
 
         Args:
             solver: a name of the configuration group ``solver``, or a solver; 'auto' is the one
-                that suits the domain.
-            steps: denoiser calls per sample.
+                that suits the model, see :func:`settled`.
+            steps: denoiser calls per sample; None: as many as suit it.
             grid: likewise of group ``grid``.
             seed: None draws one, which the result tells.
             denoise: a guided form of ``denoiser``.
@@ -77,14 +80,16 @@ class Model(Generic[Item]):
         place = find_device(device)
         seed = secrets.randbelow(2**31) if seed is None else seed
         memory = Memory()
+        named = {"solver": _named("solver", solver), "grid": _named("grid", grid), "steps": steps}
+        chosen = settled(named, self.domain, self.checkpoint)
         summary = run_sampling(
             denoise or self.denoiser.to(place),
             self.denoiser.process,
             self.domain,
             n,
-            self._find("solver", solver),
-            steps,
-            self._find("grid", grid),
+            find_choice(chosen["solver"], self.domain, self.checkpoint),
+            chosen["steps"],
+            find_choice(chosen["grid"], self.domain, self.checkpoint),
             seed,
             request=request,
             batch=batch,
@@ -93,10 +98,9 @@ class Model(Generic[Item]):
         )
         return Generated([memory.items[i] for i in range(n)], seed, summary)
 
-    def _find(self, group: str, choice: Any) -> Any:
-        if not isinstance(choice, str):
-            return choice
-        return find_choice(option(group, choice), self.domain, self.checkpoint)
+
+def _named(group: str, choice: Any) -> Any:
+    return option(group, choice) if isinstance(choice, str) else choice
 
 
 def suited(group: str, domain: Domain[Any], **options: Any) -> Any:
@@ -126,8 +130,10 @@ def load(run: str | Path, checkpoint: str | None = None) -> Model[Any]:
 
 
 def find_choice(config: Any, domain: Domain[Any], checkpoint: checkpoints.Checkpoint) -> Any:
-    """What an option of the groups ``solver`` and ``grid`` describes; a table of Gamma without a
-    path is the one beside the weights of ``checkpoint``."""
+    """What an option of the groups ``solver`` and ``grid`` describes, anything else as it is; a
+    table of Gamma without a path is the one beside the weights of ``checkpoint``."""
+    if not isinstance(config, DictConfig):
+        return config
     config = config.copy()
     for node in (config, *(value for value in config.values() if isinstance(value, DictConfig))):
         if node.get("_target_") == "shared.variance.load_gamma" and node.get("path") is None:
@@ -135,12 +141,29 @@ def find_choice(config: Any, domain: Domain[Any], checkpoint: checkpoints.Checkp
     return build(config, domain=domain)
 
 
-def settled(config: Any, domain: Domain[Any]) -> Any:
-    """The option that 'auto' stands for; any other as it is."""
-    if config.get("_target_") != "shared.models.suited":
+def settled(
+    config: Mapping[str, Any], domain: Domain[Any], checkpoint: checkpoints.Checkpoint
+) -> dict[str, Any]:
+    """``solver``, ``grid`` and ``steps`` of ``config`` with 'auto' and None replaced: by what the
+    checkpoint was published with, if its configuration says so, else by what suits the domain.
+    The published grid and steps go with the published solver only."""
+    own = checkpoint.config if _is_auto(config["solver"]) and "solver" in checkpoint.config else {}
+    out = {group: _settle(group, config[group], own, domain) for group in ("solver", "grid")}
+    out["steps"] = own.get("steps", STEPS) if config["steps"] is None else config["steps"]
+    return out
+
+
+def _is_auto(config: Any) -> bool:
+    return isinstance(config, DictConfig) and config.get("_target_") == "shared.models.suited"
+
+
+def _settle(group: str, config: Any, own: Mapping[str, Any], domain: Domain[Any]) -> Any:
+    if not _is_auto(config):
         return config
     options = {k: v for k, v in config.items() if k not in ("_target_", "group") and v is not None}
-    return option(config.group, getattr(domain, config.group), **options)
+    if group in own and not options:
+        return OmegaConf.create(dict(own[group]))
+    return option(group, getattr(domain, group), **options)
 
 
 def find_device(name: str) -> torch.device:

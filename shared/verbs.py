@@ -89,14 +89,16 @@ def sample(config: DictConfig, program: Program, progress: Progress | None = Non
     model = load(config.run, config.checkpoint)
     program.check_domain(model.checkpoint.config["domain"])
     folder, seed = _sample_folder(config, model.run)
+    chosen = settled(config, model.domain, model.checkpoint)
     settings = {
         "run": str(model.run.folder.resolve()),
         "step": model.checkpoint.step,
         "domain": model.checkpoint.config["domain"],
         "statistics": model.checkpoint.statistics,
         "seed": seed,
-        **plain(OmegaConf.masked_copy(config, ["n", "steps", "request"])),
-        **{key: plain(settled(config[key], model.domain)) for key in ("solver", "grid")},
+        **plain(OmegaConf.masked_copy(config, ["n", "request"])),
+        **{key: plain(chosen[key]) for key in ("solver", "grid")},
+        "steps": chosen["steps"],
         "guidance": plain(config.guidance or {}),
     }
     device = find_device(config.device)
@@ -108,9 +110,9 @@ def sample(config: DictConfig, program: Program, progress: Progress | None = Non
         process,
         model.domain,
         config.n,
-        find_choice(config.solver, model.domain, model.checkpoint),
-        config.steps,
-        find_choice(config.grid, model.domain, model.checkpoint),
+        find_choice(chosen["solver"], model.domain, model.checkpoint),
+        chosen["steps"],
+        find_choice(chosen["grid"], model.domain, model.checkpoint),
         seed,
         request=plain(config.request),
         batch=config.batch,
