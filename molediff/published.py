@@ -22,7 +22,7 @@ SETS = {
 
 def read(path: Path) -> Any:
     """The content of a file of ``torch.save``; nothing in it is executed."""
-    from molediff.graphs.inert import read_torch
+    from shared.inert import read_torch
 
     return read_torch(path)
 

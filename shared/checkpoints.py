@@ -340,7 +340,7 @@ def read_pickled_tensors(path: Path) -> Any:
         raise FileNotFoundError(f"no file {path}.") from None
     except Exception as error:  # the reader raises a dozen types on damaged files
         reason = str(error)
-        if "Unsupported global" in reason or "Unsupported operand" in reason:
+        if "GLOBAL " in reason:
             found = reason.split("GLOBAL ", 1)[-1].split(" ", 1)[0]
             raise CheckpointError(
                 f"{path} holds Python objects ({found}) and would run code when read: refused. "

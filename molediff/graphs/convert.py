@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molediff.graphs.inert import read_torch
 from shared import checkpoints
 from shared.configuration import build
 from shared.denoisers import Denoiser
+from shared.inert import read_torch
 
 ELEMENTS = {"QM9": ("C", "N", "O", "F"), "ZINC250k": tuple("C N O F P S Cl Br I".split())}
 """Elements of the molecular sets, in the order of the node features."""
@@ -326,7 +326,7 @@ def convert(content: Any, path: Path, out: Path, sizes: Mapping[int, int] | None
     averages go with them only where they were sampled from.
 
     Args:
-        content: what :func:`molediff.graphs.inert.read_torch` gave for ``path``.
+        content: what :func:`shared.inert.read_torch` gave for ``path``.
         sizes: number of nodes -> number of training graphs, for a set not in :data:`SIZES`.
 
     Raises:

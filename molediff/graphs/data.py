@@ -20,8 +20,8 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from molediff.graphs.inert import Placeholder, read_pickle
 from shared.domains import Invalid
+from shared.inert import Placeholder, read_pickle
 
 
 def checked(graph: nx.Graph, record: str, connected: bool = True) -> nx.Graph | Invalid:

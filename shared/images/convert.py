@@ -34,7 +34,7 @@ def read(path: Path) -> Any:
         FileNotFoundError, ValueError: nothing there, damaged, or of another kind.
     """
     from shared.checkpoints import read_pickled_tensors
-    from shared.images.inert import is_module_pickle, read_modules
+    from shared.inert import is_module_pickle, read_modules
 
     if not path.exists():
         raise FileNotFoundError(f"no file or folder {path}.")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from molediff.graphs import convert, inert
-from shared import checkpoints
+from molediff.graphs import convert
+from shared import checkpoints, inert
 from shared.configuration import build
 from shared.solvers import EulerMaruyama, PredictorCorrector, SymmetricSplitting
 

@@ -11,7 +11,13 @@ import networkx as nx
 import pytest
 import torch
 
-from molediff.graphs.inert import Placeholder, read_pickle, read_torch
+from shared.inert import (
+    Placeholder,
+    is_module_pickle,
+    read_modules,
+    read_pickle,
+    read_torch,
+)
 
 
 class Harmful:
@@ -38,6 +44,20 @@ def test_foreign_mappings_of_torch_files(tmp_path) -> None:
     content = read_torch(file)
     assert torch.equal(content["w"], torch.ones(2))
     assert vars(content["o"]) == {"a": 1}
+
+
+def test_modules_without_their_code(tmp_path) -> None:
+    file = tmp_path / "module.pkl"
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    file.write_bytes(pickle.dumps({"ema": module, "epoch": 3}))
+    assert is_module_pickle(file)
+    found = read_modules(file)
+    assert found.keys() == {"ema"}
+    assert found["ema"].keys() == module.state_dict().keys()
+    assert torch.equal(found["ema"]["0.weight"], module[0].weight)
+    file.write_bytes(pickle.dumps({"epoch": 3}))
+    with pytest.raises(ValueError, match="no pickled module"):
+        read_modules(file)
 
 
 def test_damage(tmp_path) -> None:
