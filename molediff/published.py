@@ -83,11 +83,13 @@ def is_gdss(keys: frozenset[str]) -> bool:
     return recognises(keys)
 
 
-def convert_gdss(content: Mapping[str, Any], path: Path, out: Path) -> None:
-    """A GDSS checkpoint -> a checkpoint folder."""
+def convert_gdss(
+    content: Mapping[str, Any], path: Path, out: Path, sizes: str | None = None
+) -> str | None:
+    """A GDSS checkpoint -> a checkpoint folder; ``sizes``: its training graphs or molecules."""
     from molediff.graphs.convert import convert
 
-    convert(content, path, out)
+    return convert(content, path, out, sizes)
 
 
 CONVERTERS = (

@@ -106,12 +106,13 @@ class Converter:
     """Turns the checkpoints of another program into this one's.
 
     ``recognises``: the state-dict keys -> whether this converter reads it. ``convert``: (tensors
-    and numbers as read, path of the file, folder to write a checkpoint into).
+    and numbers as read, path of the file, folder to write a checkpoint into) -> what the user
+    should know, if anything; it may have a parameter ``sizes``, the training data of the model.
     """
 
     name: str
     recognises: Callable[[frozenset[str]], bool]
-    convert: Callable[[Mapping[str, Any], Path, Path], None]
+    convert: Callable[..., str | None]
 
 
 @dataclass(frozen=True)

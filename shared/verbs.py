@@ -6,6 +6,7 @@ Each takes a composed configuration (see ``shared.configuration.compose``) and r
 
 from __future__ import annotations
 
+import inspect
 import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +18,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from shared import checkpoints
 from shared.batches import Batches
 from shared.checkpoints import GAMMA
-from shared.cli import Outcome, Program, Progress, find
+from shared.cli import Converter, Outcome, Program, Progress, find
 from shared.configuration import ConfigurationError, build, option, plain
 from shared.denoisers import Denoiser
 from shared.domains import Batch, Domain
@@ -184,13 +186,21 @@ def convert(config: DictConfig, program: Program, progress: Progress | None = No
             out = Path(config.out or path.with_suffix(""))
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise ConfigurationError(f"out={out} exists already; choose another folder.")
-            converter.convert(content, path, out)
-            return Outcome((f"converted ({converter.name}): {out}",), out)
+            note = converter.convert(content, path, out, **_sizes(config.sizes, converter))
+            return Outcome((f"converted ({converter.name}): {out}", *filter(None, (note,))), out)
     known = ", ".join(converter.name for converter in program.converters) or "none"
     raise ConfigurationError(
         f"{path}: no converter of {program.name} recognises its {len(keys)} tensors "
         f"(for example '{next(iter(sorted(keys)), '')}'); converters: {known}."
     )
+
+
+def _sizes(data: Any, converter: Converter) -> dict[str, Any]:
+    if data is None:
+        return {}
+    if "sizes" not in inspect.signature(converter.convert).parameters:
+        raise ConfigurationError(f"sizes={data}: a checkpoint of {converter.name} needs none.")
+    return {"sizes": data}
 
 
 def state_keys(content: Any, prefix: str = "") -> list[str]:

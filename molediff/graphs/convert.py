@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.stats import gamma
 from torch import Tensor
 
 from shared import checkpoints
@@ -33,6 +35,14 @@ SIZES: dict[str, dict[int, int]] = {
 }
 """Numbers of nodes of the training graphs, where they are known without the data: counted for
 the first two sets, the law of the generator for grids."""
+
+_LAWS = {
+    "ZINC250k": (23.2, 4.5, 6, 38),
+    "ego_small": (6.4, 3.0, 4, 18),
+    "ENZYMES": (33.0, 15.0, 10, 125),
+}
+"""Of the other published sets: about the mean and standard deviation of the numbers of nodes, and
+their range."""
 
 _SAMPLERS: dict[str, dict[str, Any]] = {
     "QM9": {"predictor": "Reverse", "corrector": "Langevin", "snr": 0.2, "scale_eps": 0.7},
@@ -292,21 +302,42 @@ def full_config(published: Published) -> dict[str, Any]:
     }
 
 
-def statistics(published: Published, sizes: Mapping[int, int] | None = None) -> dict[str, Any]:
-    """The constants of the domain. ``sizes``: number of nodes -> number of training graphs; None:
-    those of :data:`SIZES`, or none for a set that is not there."""
-    molecular = published.name in ELEMENTS
-    known = sizes if sizes is not None else SIZES.get(published.name, {})
+def approximate_sizes(name: str) -> dict[int, int]:
+    """Numbers of nodes of a published set from a gamma law with about its mean and standard
+    deviation; empty for a set that is not known."""
+    if name not in _LAWS:
+        return {}
+    mean, std, low, high = _LAWS[name]
+    shape, scale = ((mean - low + 0.5) / std) ** 2, std**2 / (mean - low + 0.5)
+    ends = gamma.cdf(np.arange(high - low + 2), shape, scale=scale)
+    counts = np.rint(1e6 * np.diff(ends)).astype(int)
+    return {low + k: int(count) for k, count in enumerate(counts) if count}
+
+
+def statistics(published: Published, data: str | None = None) -> dict[str, Any]:
+    """The constants of the domain. ``data``: the training graphs or molecules, as the domain
+    reads them; without them numbers of nodes are those of :data:`SIZES`, or nearly, and a set
+    that is not known has none.
+
+    Raises:
+        FileNotFoundError, ValueError: data that cannot be read, or that the model cannot hold.
+    """
+    config = full_config(published)["domain"]
     out: dict[str, Any] = {
-        "domain": "molecular_graphs" if molecular else "graphs",
+        "domain": "graphs",
         "nodes": int(published.config["data"]["max_node_num"]),
         "features": int(published.config["data"]["max_feat_num"]),
-        "sizes": {str(n): int(count) for n, count in sorted(known.items())},
         "second_moments": {"nodes": 0.0, "edges": 0.0},
     }
-    if molecular:
-        out["elements"] = list(ELEMENTS[published.name])
-    return out
+    if published.name in ELEMENTS:
+        out.update(domain="molecular_graphs", elements=list(config["elements"]))
+    else:
+        config.update(features=out["features"], connected=False)
+    sizes = SIZES.get(published.name) or approximate_sizes(published.name)
+    if data is not None:
+        domain = build({**config, "data": data, "test": 0.0})
+        sizes, out["second_moments"] = domain.sizes, domain.second_moments
+    return {**out, "sizes": {str(n): int(count) for n, count in sorted(sizes.items())}}
 
 
 def build_denoiser(published: Published, averaged: bool | None = None) -> Denoiser:
@@ -321,25 +352,37 @@ def build_denoiser(published: Published, averaged: bool | None = None) -> Denois
     return denoiser.eval()  # type: ignore[no-any-return]
 
 
-def convert(content: Any, path: Path, out: Path, sizes: Mapping[int, int] | None = None) -> None:
+def convert(content: Any, path: Path, out: Path, sizes: str | None = None) -> str | None:
     """Write a checkpoint folder. The weights used are those of the published sampling: moving
     averages go with them only where they were sampled from.
 
     Args:
         content: what :func:`shared.inert.read_torch` gave for ``path``.
-        sizes: number of nodes -> number of training graphs, for a set not in :data:`SIZES`.
+        sizes: the training data, for the numbers of nodes.
+
+    Returns:
+        What the user should know about the numbers of nodes, if anything.
 
     Raises:
-        ValueError: not a GDSS checkpoint, or one of an unknown kind.
+        ValueError: not a GDSS checkpoint, one of an unknown kind, or data that do not fit it.
+        FileNotFoundError: no such data.
     """
     published = parse(content, path)
-    denoiser = build_denoiser(published, averaged=False)
+    constants = statistics(published, sizes)
     use = bool(published.sampler["use_ema"])
     checkpoints.save(
         out,
-        denoiser,
+        build_denoiser(published, averaged=False),
         config=full_config(published),
-        domain=statistics(published, sizes),
+        domain=constants,
         ema=weights(published, averaged=True) if use else None,
         step=0,
     )
+    if sizes is not None or published.name in SIZES:
+        return None
+    if constants["sizes"]:
+        return (
+            "numbers of nodes follow the mean and spread of the published set; convert with "
+            "sizes=DATA for those of its training graphs"
+        )
+    return "the checkpoint has no numbers of nodes: convert with sizes=DATA or give request.nodes"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import networkx as nx
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from molediff.graphs import convert
+from molediff.graphs.data import write_graphs
 from shared import checkpoints, inert
 from shared.configuration import build
 from shared.solvers import EulerMaruyama, PredictorCorrector, SymmetricSplitting
@@ -130,18 +132,35 @@ def test_attention_form_and_two_kinds_of_sde(tmp_path) -> None:
 def test_numbers_of_nodes(tmp_path) -> None:
     content = zinc(name="something")
     out = tmp_path / "out"
-    convert.convert(content, Path("zinc.pth"), out)
+    assert "request.nodes" in convert.convert(content, Path("zinc.pth"), out)
     config, statistics = checkpoints.load(out).config, checkpoints.load(out).statistics
     domain = build(OmegaConf.create(dict(config)).domain)
     domain.restore(statistics)
     with pytest.raises(ValueError, match=r"request\.nodes"):
         domain.template(0, [0])
     assert int(domain.template(0, [0, 1], nodes=5).mask.sum()) == 10
-    convert.convert(content, Path("zinc.pth"), out, sizes={20: 3, 30: 1})
+    graphs = [nx.path_graph(n) for n in (20, 20, 20, 30)]
+    write_graphs(tmp_path / "data.g6", graphs)
+    assert convert.convert(content, Path("zinc.pth"), out, str(tmp_path / "data.g6")) is None
     domain.restore(checkpoints.load(out).statistics)
     sizes = domain.template(0, range(400)).mask.sum(1)
     assert set(sizes.tolist()) == {20, 30}
     assert 0.65 < float((sizes == 20).float().mean()) < 0.85
+    assert domain.second_moments["edges"] > 0.0
+    write_graphs(tmp_path / "large.g6", [nx.path_graph(39)])
+    with pytest.raises(ValueError, match="39 nodes"):
+        convert.convert(content, Path("zinc.pth"), out, str(tmp_path / "large.g6"))
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "low", "high"),
+    [("ZINC250k", 23.2, 6, 38), ("ego_small", 6.4, 4, 18), ("ENZYMES", 33.0, 10, 125)],
+)
+def test_sizes_of_sets_that_are_not_here(name: str, mean: float, low: int, high: int) -> None:
+    sizes = convert.approximate_sizes(name)
+    assert low <= min(sizes) <= max(sizes) <= high
+    found = sum(n * k for n, k in sizes.items()) / sum(sizes.values())
+    assert found == pytest.approx(mean, rel=0.05)
 
 
 def test_samplers_of_all_sets() -> None:
