@@ -95,6 +95,12 @@ class Domain(ABC, Generic[Item]):
         that was not trained with one (then no classifier-free guidance)."""
         return {}
 
+    def finish(self, state: State, batch: Batch) -> State:
+        """What becomes of finished samples, given the template ``batch`` that they were made for,
+        before they are decoded: a domain whose samples depend on a condition may bring them back
+        into its coordinates here. All tensors are on the CPU."""
+        return state
+
     @abstractmethod
     def decode(self, state: State, mask: Tensor | None) -> list[Item | Invalid]:
         """Model units -> items, one per row, in order."""

@@ -128,9 +128,10 @@ class Job:
         """The items of ``indices`` in order, and the number of denoiser calls."""
         batch = self.domain.template(self.seed, indices, **self.request).to(self.device)
         state, calls = self._solve(batch, Draws(self.seed, indices))
-        mask = None if batch.mask is None else batch.mask.cpu()
+        batch = batch.to("cpu")
         try:
-            return self.domain.decode({k: v.cpu() for k, v in state.items()}, mask), calls
+            state = self.domain.finish({k: v.cpu() for k, v in state.items()}, batch)
+            return self.domain.decode(state, batch.mask), calls
         except Exception as error:
             raise DecodeError(f"decoding failed: {type(error).__name__}: {error}") from error
 
