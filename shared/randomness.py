@@ -37,6 +37,22 @@ def stream(seed: int, index: int, name: str, number: int) -> np.random.Generator
     return np.random.Generator(np.random.Philox(_Key(seed, index), counter=counter))  # type: ignore[arg-type]
 
 
+class _Streams:
+    """The streams of one draw for many samples: one generator that is put at the beginning of
+    each in turn, which takes a tenth of the time of a new one."""
+
+    def __init__(self, seed: int, name: str, number: int) -> None:
+        self._generator = stream(seed, 0, name, number)
+        self._bits = self._generator.bit_generator
+        self._start: Any = self._bits.state
+
+    def of(self, index: int) -> np.random.Generator:
+        """The stream of sample ``index``, until another is asked for."""
+        self._start["state"]["key"][1] = index
+        self._bits.state = self._start
+        return self._generator
+
+
 @dataclass(frozen=True)
 class Draws:
     """The draws of one batch: row ``i`` belongs to sample ``indices[i]`` of ``seed``.
@@ -64,14 +80,21 @@ class Draws:
         one is given. A padded sample draws its real nodes only, so padding changes nothing."""
         white = np.zeros(tuple(like.shape), dtype=np.float32)
         sizes = [None] * len(white) if mask is None else mask.sum(1).tolist()
-        for row, index in enumerate(self.indices):
-            shape = white.shape[1:]
-            if geometry is not None:
-                shape = geometry.extent(shape, sizes[row])
-            values = stream(self.seed, index, name, number).standard_normal(shape, np.float32)
-            white[row][tuple(slice(n) for n in shape)] = values
+        extents = {n: self._extent(white.shape[1:], geometry, n) for n in set(sizes)}
+        streams = _Streams(self.seed, name, number)
+        for row, index, size in zip(white, self.indices, sizes, strict=True):
+            shape, place = extents[size]
+            row[place] = streams.of(index).standard_normal(shape, np.float32)
         out = torch.from_numpy(white).to(like)
         return out if geometry is None else geometry.noise(out, mask)
+
+    @staticmethod
+    def _extent(
+        shape: tuple[int, ...], geometry: Geometry | None, nodes: int | None
+    ) -> tuple[tuple[int, ...], tuple[slice, ...]]:
+        """Shape and place of the real entries of a sample with so many nodes."""
+        real = shape if geometry is None else geometry.extent(shape, nodes)
+        return real, tuple(slice(n) for n in real)
 
     def uniform(self, name: str, number: int) -> Tensor:
         """One uniform number on [0, 1) per sample, float64 [batch]."""
