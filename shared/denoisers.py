@@ -142,7 +142,19 @@ class Denoiser(nn.Module):
         mask: Tensor | None = None,
         cond: Condition | None = None,
     ) -> State:
-        """The backbone's raw outputs on its scaled inputs."""
+        """The backbone's outputs on its scaled inputs, on the geometries."""
+        out = self.run(x, t, mask, cond)
+        direct = {n: out[n] for n in self.heads if self.heads[n].categories is None}
+        return {**out, **self.process.project(direct, mask)}
+
+    def run(
+        self,
+        x: State,
+        t: float | Tensor,
+        mask: Tensor | None = None,
+        cond: Condition | None = None,
+    ) -> State:
+        """Whatever the backbone gives for scaled inputs and time code, in the dtype of ``x``."""
         first = next(iter(x.values()))
         inputs = {}
         for name, head in self.heads.items():
@@ -154,13 +166,7 @@ class Denoiser(nn.Module):
         code = self.time_code(self.process.lead, times).to(first.dtype)
         with self.precision.autocast(first.device):
             out: State = self.backbone(self.precision.enter(inputs), code, mask, cond)
-        out = {name: value.to(first.dtype) for name, value in out.items()}
-        return {
-            **out,
-            **self.process.project(
-                {n: out[n] for n in self.heads if self.heads[n].categories is None}, mask
-            ),
-        }
+        return {name: value.to(first.dtype) for name, value in out.items()}
 
     def _scales(self, name: str, t: float | Tensor, like: Tensor) -> tuple[Scale, Scale]:
         return alpha_sigma(self.process.fields[name].schedule, t, like)

@@ -36,6 +36,7 @@ GROWING = ("trainer.max_steps",)
 FREE = (
     "trainer.*_every",
     "trainer.accelerator",
+    "trainer.compile",
     "trainer.devices",
     "trainer.nodes",
     "trainer.progress",

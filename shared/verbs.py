@@ -58,9 +58,27 @@ def train(config: DictConfig, program: Program, progress: Progress | None = None
         with torch.random.fork_rng():
             torch.default_generator.manual_seed(run.seed)
             denoiser = build(config.model, domain=domain, schedule=build(config.schedule))
+        if config.start is not None:
+            begin_from(denoiser, config.start)
         score = _score(domain, config.score, run.seed)
         training.fit(denoiser, domain, run, build(config.trainer), run.seed, score)
     return Outcome((f"trained: {folder} (seed {run.seed})",), folder)
+
+
+def begin_from(denoiser: Denoiser, start: str) -> list[str]:
+    """Give ``denoiser`` the weights of another run, or pretrained model, as far as names and
+    shapes agree; returns the names of its tensors that keep their own start.
+
+    Raises:
+        ConfigurationError: not one tensor agrees.
+    """
+    stored = checkpoints.load(Run.open(start).checkpoint())
+    theirs, ours = stored.ema or stored.weights, denoiser.state_dict()
+    fitting = {k: v for k, v in theirs.items() if k in ours and ours[k].shape == v.shape}
+    if not fitting:
+        raise ConfigurationError(f"start={start}: none of its weights fits this model.")
+    denoiser.load_state_dict({k: v.to(ours[k].dtype) for k, v in fitting.items()}, strict=False)
+    return sorted(ours.keys() - fitting.keys())
 
 
 def _score(

@@ -21,6 +21,7 @@ from molediff.files import read, write
 from molediff.geometric.data import MoleculeData
 from molediff.geometric.metrics import evaluate
 from molediff.molecules import SYMBOLS, Molecule, atomic_number
+from molediff.targets import Target
 from molediff.views import gallery
 from shared.configuration import reject_unknown
 from shared.domains import Batch, Domain, Invalid
@@ -31,18 +32,23 @@ from shared.randomness import stream
 
 class Record(NamedTuple):
     """One molecule as arrays: ``elements`` [n] index into the element list, ``positions`` [n, 3],
-    ``charges`` [n]."""
+    ``charges`` [n], ``context`` [k] standardised properties, NaN where unknown."""
 
     elements: np.ndarray
     positions: np.ndarray
     charges: np.ndarray
+    context: np.ndarray = np.empty(0, np.float32)
 
 
 class Records(Dataset[Record]):
-    """The molecules of a prepared data set as model input; ``lengths`` are their sizes."""
+    """The molecules of a prepared data set as model input; ``lengths`` are their sizes,
+    ``context`` [m, k] their standardised properties."""
 
-    def __init__(self, data: MoleculeData, elements: Sequence[int]) -> None:
+    def __init__(
+        self, data: MoleculeData, elements: Sequence[int], context: np.ndarray | None = None
+    ) -> None:
         self.data, self.lengths = data, data.sizes
+        self.context = np.empty((len(data), 0), np.float32) if context is None else context
         self._place = np.full(119, -1)
         self._place[list(elements)] = np.arange(len(elements))
 
@@ -57,6 +63,7 @@ class Records(Dataset[Record]):
             self._place[numbers],
             np.array(self.data.positions[atoms]),
             np.asarray(self.data.charges[atoms]),
+            self.context[index],
         )
 
 
@@ -66,6 +73,11 @@ class Molecules(Domain[Molecule]):
     Args:
         data: folder made by ``molediff data prepare``; None for a model that only generates.
         scale: value of a set entry of 'types' (published: 1/4).
+        properties: columns of the data that the model is told, or predicts.
+        labels: whose properties training may see: 'all', or the 'first' or 'second' half of the
+            labelled training molecules, so that a judge and what it judges learn from different
+            labels (the protocol of EDM, halves drawn with seed 42).
+        labelled: train only on molecules with at least one visible property.
         charges: None; 'formal': model formal charges; 'nuclear': EDM's redundant integer
             feature, the atomic number. charge_scale: value of one unit of charge.
         bonds: how bonds of generated molecules are read off their geometry: edm, rdkit or
@@ -83,11 +95,17 @@ class Molecules(Domain[Molecule]):
         charges: str | None = None,
         charge_scale: float = 0.1,
         bonds: str = "rdkit",
+        properties: Sequence[str] = (),
+        labels: str = "all",
+        labelled: bool = False,
     ) -> None:
+        if labels not in ("all", "first", "second"):
+            raise ValueError(f"domain.labels={labels!r}: choose all, first or second.")
         if charges not in (None, "formal", "nuclear"):
             raise ValueError(f"domain.charges={charges!r}: choose formal, nuclear or null.")
         self.data, self.scale, self.bonds = data, scale, bonds
         self.charges, self.charge_scale = charges, charge_scale
+        self.properties, self.labels, self.labelled = tuple(properties), labels, labelled
         self._restored: Mapping[str, Any] | None = None
 
     # -- constants ----------------------------------------------------------------------------
@@ -114,7 +132,20 @@ class Molecules(Domain[Molecule]):
             "sizes": {str(n): count for n, count in training.histogram().items()},
             "element_counts": _element_counts(training),
             "properties": self._loaded.statistics,
+            "context": list(self.properties),
+            "known": self._known(training),
         }
+
+    def _known(self, training: MoleculeData, most: int = 2000) -> list[list[float | None]]:
+        """Number of atoms and properties of some molecules: where sizes that suit a wanted
+        property are drawn from."""
+        if not self.properties:
+            return []
+        values = self._values(training)
+        rows = np.flatnonzero(~np.isnan(values).any(1))
+        rows = stream(0, 0, "known", 0).permutation(rows)[:most]
+        table = np.column_stack([training.sizes[rows], values[rows]])
+        return [[float(f"{value:.5g}") for value in row] for row in table]
 
     def restore(self, statistics: Mapping[str, Any]) -> None:
         found = statistics.get("domain")
@@ -122,6 +153,7 @@ class Molecules(Domain[Molecule]):
             raise ValueError(f"the checkpoint is of domain {found}, not {self.name}.")
         self._restored = dict(statistics)
         self.scale, self.charges = float(statistics["scale"]), statistics["charges"]
+        self.properties = tuple(statistics.get("context", ()))
         self.charge_scale = float(statistics["charge_scale"])
 
     @cached_property
@@ -137,8 +169,51 @@ class Molecules(Domain[Molecule]):
     # -- training -----------------------------------------------------------------------------
 
     def datasets(self) -> tuple[Dataset[Record], Dataset[Record]]:
-        training, validation = (self._loaded.subset(split) for split in ("train", "valid"))
-        return Records(training, self.elements), Records(validation, self.elements)
+        return self._records("train"), self._records("valid")
+
+    def _records(self, split: str) -> Records:
+        data = self._loaded.subset(split)
+        values = self._values(data)
+        if split == "train":
+            values[~visible(data, self.properties, self.labels)] = np.nan
+        if self.labelled:
+            rows = np.flatnonzero(~np.isnan(values).all(1))
+            if not len(rows):
+                raise ValueError(
+                    f"domain.data={self.data}: no {split} molecule has any of "
+                    f"{', '.join(self.properties) or 'no properties'}."
+                )
+            data, values = data.take(rows), values[rows]
+        return Records(data, self.elements, self.standardise(values))
+
+    def _values(self, data: MoleculeData) -> np.ndarray:
+        """[m, k] values of the properties in the units of the data."""
+        columns = [data.column(name) for name in self.properties]
+        return np.stack(columns, 1) if columns else np.empty((len(data), 0))
+
+    def standardise(self, values: np.ndarray) -> np.ndarray:
+        """[..., k] values of the properties in their units -> (value - mean) / mean absolute
+        deviation, as EDM does."""
+        mean, mad = self._scales
+        standard: np.ndarray = ((values - mean) / mad).astype(np.float32)
+        return standard
+
+    def physical(self, values: np.ndarray) -> np.ndarray:
+        """The inverse of :meth:`standardise`."""
+        mean, mad = self._scales
+        return np.asarray(values, np.float64) * mad + mean
+
+    @cached_property
+    def _scales(self) -> tuple[np.ndarray, np.ndarray]:
+        known = self.statistics()["properties"]
+        missing = [name for name in self.properties if name not in known]
+        if missing:
+            raise ValueError(
+                f"domain.properties: no {', '.join(missing)}; the data have "
+                f"{', '.join(known) or 'no properties'}."
+            )
+        found = [known[name] for name in self.properties]
+        return np.array([p["mean"] for p in found]), np.array([p["mad"] for p in found])
 
     def collate(self, records: Sequence[Record]) -> Batch:
         sizes = [len(record.elements) for record in records]
@@ -153,7 +228,11 @@ class Molecules(Domain[Molecule]):
             units = record.charges if self.charges == "formal" else numbers[record.elements]
             charges[row, :size, 0] = self.charge_scale * units
         arrays = {"positions": positions, "types": types, "charges": charges}
-        return Batch({name: torch.from_numpy(arrays[name]) for name in batch.state}, batch.mask)
+        state = {name: torch.from_numpy(arrays[name]) for name in batch.state}
+        if not self.properties:
+            return Batch(state, batch.mask)
+        context = torch.from_numpy(np.stack([record.context for record in records]))
+        return Batch(state, batch.mask, {"context": context})
 
     def _blank(self, sizes: Sequence[int]) -> Batch:
         b, n = len(sizes), max(sizes)
@@ -166,20 +245,73 @@ class Molecules(Domain[Molecule]):
     # -- sampling -----------------------------------------------------------------------------
 
     def template(self, seed: int, indices: Sequence[int], **request: Any) -> Batch:
-        """``request``: ``atoms``, the number of atoms of every molecule (by default drawn from
-        the sizes of the training data)."""
-        reject_unknown("molecules, request", request, ("atoms",))
+        """``request``: ``atoms``, the number of atoms of every molecule or a range '15..20' (by
+        default drawn from the sizes of the training data), and any property that the model is
+        told, as a value or in the words of :mod:`molediff.targets` ('2..3', '>5', 'max'). Sizes
+        are drawn from training molecules near the wanted properties: (c, N) jointly, as EDM does.
+        """
+        reject_unknown("molecules, request", request, ("atoms", *self.properties))
         atoms = request.get("atoms")
-        if atoms is not None:
-            if not isinstance(atoms, int) or atoms < 1:
-                raise ValueError(f"request.atoms={atoms}: give a whole number of at least 1.")
-            return self._blank([atoms] * len(indices))
-        sizes = self.statistics()["sizes"]
-        if not sizes:
+        context = self._wanted(seed, indices, request)
+        sizes = self._sizes(seed, indices, atoms, context)
+        batch = self._blank(sizes)
+        if not self.properties:
+            return batch
+        return Batch(batch.state, batch.mask, {"context": torch.from_numpy(context)})
+
+    def targets(self, request: Mapping[str, Any]) -> list[Target]:
+        """The wishes for properties in ``request``."""
+        known = {k: v for k, v in self.statistics()["properties"].items() if k in self.properties}
+        found = []
+        for name, value in request.items():
+            if name in self.properties and value is not None:
+                sign = "" if str(value).strip()[:1] in "<>\u2264\u2265" else "="
+                found.append(Target.parse(f"{name}{sign}{value}", known))
+        return found
+
+    def _wanted(self, seed: int, indices: Sequence[int], request: Mapping[str, Any]) -> np.ndarray:
+        """Standardised properties that the model is told [b, k], NaN where free."""
+        values = np.full((len(indices), len(self.properties)), np.nan)
+        known = self.statistics()["properties"]
+        for target in self.targets(request):
+            values[:, self.properties.index(target.name)] = target.draw(known, seed, indices)
+        return self.standardise(values) if self.properties else values.astype(np.float32)
+
+    def _sizes(
+        self, seed: int, indices: Sequence[int], atoms: Any, context: np.ndarray
+    ) -> list[int]:
+        if isinstance(atoms, int) and atoms >= 1:
+            return [atoms] * len(indices)
+        counts = {int(n): float(count) for n, count in self.statistics()["sizes"].items()}
+        if not counts:
             raise ValueError("this model does not know the sizes of its data: give request.atoms.")
-        values, counts = [int(n) for n in sizes], np.cumsum([sizes[n] for n in sizes])
-        draws = [stream(seed, i, "template", 0).integers(counts[-1]) for i in indices]
-        return self._blank([values[np.searchsorted(counts, d, "right")] for d in draws])
+        allowed = _allowed(atoms, counts)
+        draws = [stream(seed, i, "template", 0).random() for i in indices]
+        return [
+            _pick(u, self._size_weights(row, counts, allowed))
+            for u, row in zip(draws, context, strict=True)
+        ]
+
+    def _size_weights(
+        self, wanted: np.ndarray, counts: Mapping[int, float], allowed: Sequence[int]
+    ) -> dict[int, float]:
+        """How often a molecule with the properties ``wanted`` has so many atoms, by training
+        molecules within about a quarter of a deviation."""
+        given = ~np.isnan(wanted)
+        known = np.array(self.statistics().get("known", []), dtype=np.float64)
+        near = np.isin(known[:, 0], allowed) if len(known) else np.zeros(0, bool)
+        if not given.any() or not near.any():
+            return {n: counts.get(n, 0.0) for n in allowed}
+        known = known[near]
+        apart = (self.standardise(known[:, 1:]) - wanted)[:, given] / 0.25
+        log = -0.5 * np.square(apart).sum(1)
+        weights = np.exp(log - log.max())
+        return {n: float(weights[known[:, 0] == n].sum()) for n in allowed}
+
+    def null_condition(self) -> dict[str, Tensor]:
+        """Nothing given: NaN for every property."""
+        free = torch.full((1, len(self.properties)), torch.nan)
+        return {"context": free} if self.properties else {}
 
     def decode(self, state: State, mask: Tensor | None) -> list[Molecule | Invalid]:
         positions = state["positions"].float().numpy()
@@ -230,6 +362,45 @@ class Molecules(Domain[Molecule]):
         """Rotatable structures, 2D drawings and histograms, against the data where known."""
         known = self.data is not None or self._restored is not None
         return gallery(items, self.statistics() if known else {})
+
+
+def _allowed(atoms: Any, counts: Mapping[int, float]) -> list[int]:
+    """The sizes that a request allows."""
+    if atoms is None:
+        return sorted(counts)
+    low, dots, high = str(atoms).partition("..")
+    if not dots or not (low.strip().isdigit() and high.strip().isdigit()):
+        raise ValueError(
+            f"request.atoms={atoms}: give a whole number of at least 1, or a range such as 15..20."
+        )
+    found = [n for n in sorted(counts) if int(low) <= n <= int(high)]
+    if not found:
+        raise ValueError(
+            f"request.atoms={atoms}: the training data have {min(counts)} to {max(counts)} atoms; "
+            "choose a range that overlaps, or one number."
+        )
+    return found
+
+
+def _pick(u: float, weights: Mapping[int, float]) -> int:
+    """The size at the quantile ``u`` of ``weights``."""
+    totals = np.cumsum(list(weights.values()))
+    place = int(np.searchsorted(totals, u * totals[-1], "right"))
+    return list(weights)[min(place, len(totals) - 1)]
+
+
+def visible(data: MoleculeData, properties: Sequence[str], labels: str) -> np.ndarray:
+    """Which molecules show their properties [m] (boolean): all, or one half of those that have
+    one, in the order of numpy's seed 42 (Hoogeboom et al. 2022, Sec. 5.2)."""
+    if labels == "all" or not properties:
+        return np.ones(len(data), dtype=bool)
+    values = np.stack([data.column(name) for name in properties], 1)
+    rows = np.flatnonzero(~np.isnan(values).all(1))
+    order = np.random.RandomState(42).permutation(len(rows))
+    half = order[: len(rows) // 2] if labels == "first" else order[len(rows) // 2 :]
+    shown = np.zeros(len(data), dtype=bool)
+    shown[rows[half]] = True
+    return shown
 
 
 def _position_std(data: MoleculeData, most: int = 5000) -> float:

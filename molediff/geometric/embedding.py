@@ -26,11 +26,18 @@ class FourierEmbedding(nn.Module):
 
 class ContextEmbedding(nn.Module):
     """Standardised properties, each of which may be absent (NaN): a value that is not given is
-    zero with its flag off, so the network learns what to do without it."""
+    zero with its flag off, so the network learns what to do without it.
 
-    def __init__(self, properties: int, width: int) -> None:
+    In training it hides properties, so that one network serves conditional, unconditional and
+    classifier-free sampling: all of a molecule with probability ``hide[0]``, all but one with
+    ``hide[1]``, else a random number of them.
+    """
+
+    def __init__(
+        self, properties: int, width: int, hide: tuple[float, float] = (0.15, 0.5)
+    ) -> None:
         super().__init__()
-        self.properties = properties
+        self.properties, self.hide = properties, tuple(hide)
         self.net = nn.Sequential(
             nn.Linear(2 * properties, width), nn.SiLU(), nn.Linear(width, width)
         )
@@ -51,6 +58,17 @@ class ContextEmbedding(nn.Module):
                 "that is free."
             )
         given = ~context.isnan()
+        if self.training:
+            given = given & self._told(context)
         values = torch.where(given, context, 0.0).to(like.dtype)
         out: Tensor = self.net(torch.cat([values, given.to(like.dtype)], -1))
         return out
+
+    def _told(self, context: Tensor) -> Tensor:
+        """Which properties are not hidden, [batch, properties]."""
+        none, one = self.hide
+        u = torch.rand(len(context), 1, device=context.device)
+        more = 2.0 + (self.properties - 1) * (u - none - one) / max(1.0 - none - one, 1e-6)
+        count = torch.where(u < none, 0.0, torch.where(u < none + one, 1.0, more.floor()))
+        rank = torch.rand(context.shape, device=context.device).argsort(1).argsort(1)
+        return rank < count

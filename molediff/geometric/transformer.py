@@ -20,13 +20,14 @@ from shared.geometry import CentredPoints, expand_mask
 from shared.process import State
 
 
-class EquivariantTransformer(nn.Module):
-    """Backbone for fields of points: ``positions`` [batch, n, 3] and any invariant features.
+class Trunk(nn.Module):
+    """Embedding and layers, which the networks below share.
 
     Args:
         features: name -> width of the invariant fields, such as ``{"types": 5}``.
         context: number of properties the network is told (0: unconditional); ``cond["context"]``
             [batch, context] is standardised, NaN where a property is not given.
+        hide: in training, how the given properties are hidden; see :class:`ContextEmbedding`.
         width: scalars per node. vectors: vector channels per node. pairs: width of pair features.
         angstrom: length in Angstrom of one unit of the input positions; with Karras
             preconditioning the standard deviation of the data.
@@ -39,6 +40,7 @@ class EquivariantTransformer(nn.Module):
         features: Mapping[str, int],
         *,
         context: int = 0,
+        hide: tuple[float, float] = (0.15, 0.5),
         width: int = 192,
         layers: int = 6,
         heads: int = 8,
@@ -50,23 +52,53 @@ class EquivariantTransformer(nn.Module):
         super().__init__()
         if width % heads or vectors % heads:
             raise ValueError(
-                f"EquivariantTransformer: width {width} and vectors {vectors} must be multiples "
-                f"of heads {heads}."
+                f"transformer: width {width} and vectors {vectors} must be multiples of heads "
+                f"{heads}."
             )
         self.features, self.angstrom = dict(features), angstrom
-        total = sum(features.values())
         self.radial = RadialBasis()
-        self.embed = nn.Linear(total, width)
+        self.embed = nn.Linear(sum(features.values()), width)
         self.time = FourierEmbedding(2 * pairs)
-        self.context = ContextEmbedding(context, 2 * pairs) if context else None
-        self.vectors = vectors
+        self.context = ContextEmbedding(context, 2 * pairs, hide) if context else None
+        self.width, self.vectors = width, vectors
         self.layers = nn.ModuleList(
             Layer(width, heads, vectors, pairs, self.radial.size, 2 * pairs, pair_dtype)
             for _ in range(layers)
         )
         self.norm = nn.LayerNorm(width)
-        self.readout = _zero(nn.Linear(width, total))
-        self.shift = _zero(nn.Linear(vectors, 1, bias=False))
+
+    def run(
+        self,
+        inputs: State,
+        code: Tensor,
+        mask: Tensor | None = None,
+        cond: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Normalised scalars [b, n, width] and vectors [b, n, 3, vectors] of the atoms."""
+        x = inputs["positions"] * self.angstrom
+        h = self.embed(torch.cat([inputs[name] for name in self.features], -1))
+        # zero, but made of h: all layers look alike, so a compiled layer is compiled once
+        v = h[:, :, None, :1] * h.new_zeros(3, self.vectors)
+        code = self.time(code)
+        if self.context is not None:
+            code = code + self.context(None if cond is None else cond.get("context"), code)
+        code = F.silu(code)
+        delta = x[:, :, None] - x[:, None]
+        distance = length(delta)
+        radial, towards = self.radial(distance), delta / (distance[..., None] + 1.0)
+        for layer in self.layers:
+            h, v = layer(h, v, x, radial, towards, code, mask)
+        return self.norm(h), v
+
+
+class EquivariantTransformer(Trunk):
+    """Backbone for fields of points: ``positions`` [batch, n, 3] and any invariant features;
+    arguments as for :class:`Trunk`."""
+
+    def __init__(self, features: Mapping[str, int], **options: Any) -> None:
+        super().__init__(features, **options)
+        self.readout = _zero(nn.Linear(self.width, sum(features.values())))
+        self.shift = _zero(nn.Linear(self.vectors, 1, bias=False))
 
     def forward(
         self,
@@ -77,20 +109,8 @@ class EquivariantTransformer(nn.Module):
     ) -> State:
         """Scaled inputs, field -> [batch, n, ...], and time code [batch] -> outputs per field:
         ``positions`` without mean over the real atoms, padding zero."""
-        x = inputs["positions"] * self.angstrom
-        h = self.embed(torch.cat([inputs[name] for name in self.features], -1))
-        # zero, but made of h: all layers look alike, so a compiled layer is compiled once
-        v = h[:, :, None, :1] * h.new_zeros(3, self.vectors)
-        code = self.time(code)
-        if self.context is not None:
-            code = code + self.context(None if cond is None else cond.get("context"), code)
-        code = F.silu(code)
-        delta = x[:, :, None] - x[:, None]
-        distance = _length(delta)
-        radial, towards = self.radial(distance), delta / (distance[..., None] + 1.0)
-        for layer in self.layers:
-            h, v = layer(h, v, x, radial, towards, code, mask)
-        out = self.readout(self.norm(h))
+        h, v = self.run(inputs, code, mask, cond)
+        out = self.readout(h)
         if mask is not None:
             out = out * expand_mask(mask, out).to(out.dtype)
         parts = torch.split(out, list(self.features.values()), -1)
@@ -156,7 +176,7 @@ class Layer(nn.Module):
         v = v + self.vectors_out(torch.cat([turned, sums[:, :, 1:]], -1))
         u = F.layer_norm(h, (width,)) * (1.0 + scale_2) + shift_2
         unit = _soften(v)
-        grown = self.update(F.silu(self.hidden(torch.cat([u, _length(unit.mT)], -1))))
+        grown = self.update(F.silu(self.hidden(torch.cat([u, length(unit.mT)], -1))))
         step, gate = grown.split([width, v.shape[-1]], -1)
         return h + step, v + self.turn(unit) * gate[:, :, None]
 
@@ -164,7 +184,7 @@ class Layer(nn.Module):
         """z_ij [b, n, n, pairs] from distances of atoms and of points that the vectors move."""
         points = x[..., None] + self.points(unit)
         between = points[:, :, None] - points[:, None]
-        apart = _length(between.mT)
+        apart = length(between.mT)
         dtype = self.pair_dtype or a.dtype
         edges = F.linear(torch.cat([radial, apart], -1).to(dtype), self.edges.weight.to(dtype))
         pair = F.silu(edges + a[:, :, None].to(dtype) + c[:, None].to(dtype))
@@ -216,7 +236,7 @@ class RadialBasis(nn.Module):
         return torch.exp(-0.5 * (offset / self.widths.to(distance)).square())
 
 
-def _length(x: Tensor) -> Tensor:
+def length(x: Tensor) -> Tensor:
     """Length over the last axis, with a finite gradient at zero."""
     return (x.square().sum(-1) + 1e-8).sqrt()
 

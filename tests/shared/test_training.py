@@ -23,6 +23,7 @@ from shared.process import Process
 from shared.runs import Run
 from shared.schedules import LearnedGamma, VPLinear
 from shared.training import Diverged, TrainerSettings, fit
+from shared.verbs import begin_from
 
 MIXTURE = Mixture(
     torch.tensor([0.3, 0.7]), torch.tensor([[-1.0, 0.5], [0.6, -0.4]]), torch.full((2, 2), 0.05)
@@ -325,3 +326,18 @@ def test_the_default_trainer_file_offers_every_setting():
     ):
         assert set(node) - {"_target_"} == {field.name for field in dataclasses.fields(target)}
     assert configuration.build(file) == TrainerSettings()
+
+
+def test_a_run_starts_from_the_weights_of_another_as_far_as_they_fit(tmp_path):
+    denoiser = build()
+    with Run.create(tmp_path / "first", {"seed": 0}) as run:
+        fit(denoiser, Plane(), run, settings(max_steps=2), 0)
+    wider = build()
+    wider.backbone.leave = nn.Linear(16, 3)
+    left = begin_from(wider, str(tmp_path / "first"))
+    assert left == ["backbone.leave.bias", "backbone.leave.weight"]
+    torch.testing.assert_close(
+        wider.state_dict()["backbone.enter.weight"], denoiser.state_dict()["backbone.enter.weight"]
+    )
+    with pytest.raises(configuration.ConfigurationError, match="none of its weights"):
+        begin_from(nn.Linear(1, 1), str(tmp_path / "first"))
