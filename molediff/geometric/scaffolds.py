@@ -1,0 +1,213 @@
+"""Molecules that keep a given fragment: growing from a scaffold, linking two fragments.
+
+The fragment's atoms come first in every sample, the new ones after them. Elements (and charges)
+of the fragment are given outright. Its positions live in the space of zero centre of mass of the
+whole molecule, where the place of the fragment is part of what is sampled; what is given is its
+shape: the positions of its atoms minus their own mean, a linear subspace of 3 (k - 1) dimensions.
+
+After every step that subspace, and nothing else, is replaced by a draw of q(x_t | fragment): the
+fragment is noised with its own numbered draw and shifted so that the mean of its atoms stays where
+the sampler has put it (:class:`shared.guidance.Known` on centred points). The noise is isotropic,
+so this is the exact law of a projection of x_t, with no alignment to choose. Every sample shows
+the fragment's coordinates up to one translation. There is no rotation to find either: the density
+of an equivariant model is the same in every orientation. Rotating fragment and draws rotates the
+result.
+
+The new atoms follow the given ones in two ways, which add up: by resampling (RePaint), and by the
+gradient of log p(fragment | x_t) at the estimate of x_0 (:class:`Agreement`). Resampling alone
+needs many hundred denoiser calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from molediff.geometric.domain import Molecules, Record
+from molediff.geometric.fragments import Fragment
+from molediff.molecules import SYMBOLS
+from shared.configuration import ConfigurationError
+from shared.domains import Batch
+from shared.guidance import Energy, Inpainting, Known, RePaint, Term, prior_spread
+from shared.guidance.energies import Time
+from shared.predictions import Condition
+from shared.process import Process, State
+from shared.randomness import stream
+from shared.solvers.base import Solver
+from shared.solvers.plan import After, Denoise, Draw, Project
+
+
+class Scaffolded(Molecules):
+    """A domain of molecules whose samples all contain a fragment: the same constants and data,
+    templates with room for the fragment and ``new`` atoms more.
+
+    Args:
+        domain: of the model that samples.
+        new: how many atoms to add: a number, ``(least, most)`` or '2..5' (uniform), or None, which
+            draws sizes of the training data that are larger than the fragment. The request
+            ``atoms`` still fixes the size of the whole molecule.
+
+    Raises:
+        ConfigurationError: the fragment has an element the model does not know, or is as large
+            as the largest molecule of its data.
+    """
+
+    def __init__(
+        self, domain: Molecules, fragment: Fragment, new: int | str | Sequence[int] | None = None
+    ) -> None:
+        self.__dict__.update(vars(domain))
+        self.fragment, self.new = fragment, None if new is None else _range(new)
+        sizes = {int(n): int(count) for n, count in self.statistics()["sizes"].items()}
+        self._larger = {n: c for n, c in sorted(sizes.items()) if n > len(fragment)}
+        if self.new is None and not self._larger:
+            raise ConfigurationError(
+                f"scaffold '{fragment.source}' has {len(fragment)} atoms, the model's largest "
+                f"molecules {max(sizes, default=0)}: keep fewer atoms, or say how many to add."
+            )
+        self.known_state()
+
+    def known_state(self) -> State:
+        """The fragment in model units, field -> [1, k, ...]."""
+        numbers = self.fragment.molecule.atomic_numbers.tolist()
+        unknown = [SYMBOLS[z] for z in numbers if z not in self.elements]
+        if unknown:
+            known = ", ".join(SYMBOLS[z] for z in self.elements)
+            raise ConfigurationError(
+                f"scaffold '{self.fragment.source}': the model does not know {unknown[0]}; it "
+                f"makes molecules of {known}."
+            )
+        columns = np.array([self.elements.index(z) for z in numbers])
+        molecule = self.fragment.molecule
+        assert molecule.positions is not None
+        return self.collate([Record(columns, molecule.positions, molecule.charges)]).state
+
+    def template(self, seed: int, indices: Sequence[int], **request: Any) -> Batch:
+        """As :meth:`Molecules.template`, with the sizes of this domain."""
+        batch = super().template(seed, indices, **request)
+        width = batch.state["positions"].shape[1]
+        sizes = [width] * len(batch) if batch.mask is None else batch.mask.sum(1).tolist()
+        if request.get("atoms") is None:
+            pairs = zip(indices, sizes, strict=True)
+            sizes = [self._size(seed, index, size) for index, size in pairs]
+        elif min(sizes) <= len(self.fragment):
+            raise ConfigurationError(
+                f"request.atoms={min(sizes)} leaves nothing to add to the {len(self.fragment)} "
+                f"atoms of scaffold '{self.fragment.source}': give more."
+            )
+        blank = self._blank(sizes)
+        return Batch(blank.state, blank.mask, batch.cond)
+
+    def _size(self, seed: int, index: int, drawn: int) -> int:
+        """The size of one sample; ``drawn`` is that of a free molecule, kept where it is large
+        enough, which gives the law of sizes of the data above that of the fragment."""
+        own = stream(seed, index, "template/fragment", 0)
+        if self.new is not None:
+            return len(self.fragment) + int(own.integers(self.new[0], self.new[1] + 1))
+        if drawn > len(self.fragment):
+            return drawn
+        sizes, counts = list(self._larger), np.cumsum(list(self._larger.values()))
+        return sizes[int(np.searchsorted(counts, own.integers(counts[-1]), "right"))]
+
+    def keeping(self, solver: Solver, *, jump: int = 1, resamples: int = 4) -> Solver:
+        """``solver`` with the fragment kept; see :class:`Keep`."""
+        return Keep(solver, self.known_state(), jump, resamples)
+
+    def terms(self, process: Process, scale: float = 1.0) -> list[Term]:
+        """What :class:`shared.guidance.Guided` needs for the new atoms to follow the fragment:
+        a gradient through the denoiser, which makes a call two to three times as long."""
+        stds = {"positions": self.position_std, "types": self.scale * len(self.elements) ** -0.5}
+        return [
+            Term(Agreement(process, {n: v}, stds.get(n, self.charge_scale)), scale, at="estimate")
+            for n, v in self.known_state().items()
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class Keep(Solver):
+    """:class:`shared.guidance.RePaint` for a fragment whose atoms come first in every molecule.
+
+    Args:
+        solver: passes stretches of the grid, so one without a last step of its own.
+        value: the fragment in model units, field -> [1, k, ...].
+        jump, resamples: of RePaint; every time is passed ``resamples`` times, so a budget of
+            denoiser calls buys so many times fewer steps.
+    """
+
+    solver: Solver
+    value: State
+    jump: int = 1
+    resamples: int = 4
+
+    stochastic = True
+
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        return min(1, self.solver.order)
+
+    def intervals(self, nfe: int) -> int:
+        return self.solver.intervals(nfe // self.resamples)
+
+    def solve(
+        self,
+        process: Process,
+        denoise: Denoise,
+        x: State,
+        times: Sequence[float],
+        draw: Draw,
+        project: Project | None = None,
+        after: After | None = None,
+    ) -> State:
+        """See :meth:`shared.solvers.base.Solver.solve`."""
+        inner = RePaint(self.solver, known_first(self.value, x), self.jump, self.resamples)
+        return inner.solve(process, denoise, x, times, draw, project, after)
+
+
+@dataclass(frozen=True, eq=False)
+class Agreement(Energy):
+    """-log p(fragment | x_t), taken as Gaussian around the estimate of x_0 with the variance that
+    data of standard deviation ``prior_std`` have given x_t (Pi-GDM; Song et al. 2023).
+
+    ``value``: the fragment as in :class:`Keep`; ``std``: deviation allowed to it, model units.
+    """
+
+    process: Process
+    value: State
+    prior_std: float
+    std: float = 0.02
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"fragment ({', '.join(self.value)})"
+
+    def __call__(
+        self, x: State, t: Time, mask: Tensor | None = None, cond: Condition | None = None
+    ) -> Tensor:
+        """``x``: estimates of x_0."""
+        known = known_first(self.value, x)
+        return Inpainting(self.process, known, self.std, prior_spread(self.prior_std))(x, t, mask)
+
+
+def known_first(value: State, x: State) -> Known:
+    """``value`` (field -> [1, k, ...]) as the first k nodes of states like ``x``."""
+    given, keep = {}, {}
+    for name, v in value.items():
+        nodes = x[name].shape[1]
+        given[name] = x[name].new_zeros(1, nodes, *v.shape[2:])
+        given[name][:, : v.shape[1]] = v
+        keep[name] = (torch.arange(nodes) < v.shape[1])[None]
+    return Known(given, keep)
+
+
+def _range(new: int | str | Sequence[int]) -> tuple[int, int]:
+    words = str(new).split("..") if isinstance(new, int | str) else [str(n) for n in new]
+    if not all(word.strip().isdigit() for word in words) or not 1 <= len(words) <= 2:
+        raise ConfigurationError(f"new atoms '{new}': write a number or a range, as in 3..8.")
+    least, most = int(words[0]), int(words[-1])
+    if not 1 <= least <= most:
+        raise ConfigurationError(f"new atoms '{new}': at least 1, and the smaller number first.")
+    return least, most
