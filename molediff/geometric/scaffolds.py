@@ -37,7 +37,6 @@ from shared.guidance import Energy, Inpainting, Known, RePaint, Term, prior_spre
 from shared.guidance.energies import Time
 from shared.predictions import Condition
 from shared.process import Process, State
-from shared.randomness import stream
 from shared.solvers.base import Solver
 from shared.solvers.plan import After, Denoise, Draw, Project
 
@@ -48,9 +47,9 @@ class Scaffolded(Molecules):
 
     Args:
         domain: of the model that samples.
-        new: how many atoms to add: a number, ``(least, most)`` or '2..5' (uniform), or None, which
-            draws sizes of the training data that are larger than the fragment. The request
-            ``atoms`` still fixes the size of the whole molecule.
+        new: how many atoms to add: a number, or ``(least, most)`` or '2..5' and None (any number)
+            for sizes as the training data have them. The request ``atoms`` overrides it: the size
+            of the whole molecule.
 
     Raises:
         ConfigurationError: the fragment has an element the model does not know, or is as large
@@ -61,14 +60,16 @@ class Scaffolded(Molecules):
         self, domain: Molecules, fragment: Fragment, new: int | str | Sequence[int] | None = None
     ) -> None:
         self.__dict__.update(vars(domain))
-        self.fragment, self.new = fragment, None if new is None else _range(new)
-        sizes = {int(n): int(count) for n, count in self.statistics()["sizes"].items()}
-        self._larger = {n: c for n, c in sorted(sizes.items()) if n > len(fragment)}
-        if self.new is None and not self._larger:
+        self.fragment = fragment
+        largest = max(map(int, self.statistics()["sizes"]), default=0)
+        least, most = (1, largest - len(fragment)) if new is None else _range(new)
+        if most < 1:
             raise ConfigurationError(
                 f"scaffold '{fragment.source}' has {len(fragment)} atoms, the model's largest "
-                f"molecules {max(sizes, default=0)}: keep fewer atoms, or say how many to add."
+                f"molecules {largest}: keep fewer atoms, or say how many to add."
             )
+        low, high = len(fragment) + least, len(fragment) + most
+        self.atoms = low if low == high else f"{low}..{high}"
         self.known_state()
 
     def known_state(self) -> State:
@@ -88,30 +89,17 @@ class Scaffolded(Molecules):
 
     def template(self, seed: int, indices: Sequence[int], **request: Any) -> Batch:
         """As :meth:`Molecules.template`, with the sizes of this domain."""
-        batch = super().template(seed, indices, **request)
-        width = batch.state["positions"].shape[1]
-        sizes = [width] * len(batch) if batch.mask is None else batch.mask.sum(1).tolist()
         if request.get("atoms") is None:
-            pairs = zip(indices, sizes, strict=True)
-            sizes = [self._size(seed, index, size) for index, size in pairs]
-        elif min(sizes) <= len(self.fragment):
+            request["atoms"] = self.atoms
+        batch = super().template(seed, indices, **request)
+        sizes = [batch.state["positions"].shape[1]]
+        smallest = min(sizes if batch.mask is None else batch.mask.sum(1).tolist())
+        if smallest <= len(self.fragment):
             raise ConfigurationError(
-                f"request.atoms={min(sizes)} leaves nothing to add to the {len(self.fragment)} "
-                f"atoms of scaffold '{self.fragment.source}': give more."
+                f"request.atoms={request['atoms']} leaves nothing to add to the "
+                f"{len(self.fragment)} atoms of scaffold '{self.fragment.source}': give more."
             )
-        blank = self._blank(sizes)
-        return Batch(blank.state, blank.mask, batch.cond)
-
-    def _size(self, seed: int, index: int, drawn: int) -> int:
-        """The size of one sample; ``drawn`` is that of a free molecule, kept where it is large
-        enough, which gives the law of sizes of the data above that of the fragment."""
-        own = stream(seed, index, "template/fragment", 0)
-        if self.new is not None:
-            return len(self.fragment) + int(own.integers(self.new[0], self.new[1] + 1))
-        if drawn > len(self.fragment):
-            return drawn
-        sizes, counts = list(self._larger), np.cumsum(list(self._larger.values()))
-        return sizes[int(np.searchsorted(counts, own.integers(counts[-1]), "right"))]
+        return batch
 
     def keeping(self, solver: Solver, *, jump: int = 1, resamples: int = 4) -> Solver:
         """``solver`` with the fragment kept; see :class:`Keep`."""
