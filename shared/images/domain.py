@@ -15,9 +15,11 @@ from torch.utils.data import Dataset, TensorDataset
 
 from shared.configuration import reject_unknown
 from shared.domains import Batch, Domain, Invalid
-from shared.images import files
+from shared.images import features, files
 from shared.images.data import load
+from shared.images.features import Features
 from shared.images.files import Picture
+from shared.images.quality import frechet_distance, scores
 from shared.metrics import Estimate, proportion
 from shared.process import State
 from shared.randomness import stream
@@ -49,6 +51,9 @@ class Images(Domain[Picture]):
             :func:`shared.images.data.load` takes: an .npz, CIFAR-10's batches, a folder.
         validation: share of the images, drawn at random once for all, kept for validation.
         drop_label: how often training replaces the label by 'any class'.
+        features: what images are compared by, as :func:`shared.images.features.choose` takes it:
+            'digits' or a file with an Inception network; None: 'digits' for the digits.
+        features_sha256: what the hash of that file has to begin with.
 
     Raises:
         FileNotFoundError, ValueError: the file is not there or holds something else.
@@ -57,11 +62,17 @@ class Images(Domain[Picture]):
     name: ClassVar[str] = "images"
 
     def __init__(
-        self, data: str = "digits", validation: float = 0.1, drop_label: float = 0.1
+        self,
+        data: str = "digits",
+        validation: float = 0.1,
+        drop_label: float = 0.1,
+        features: str | None = None,
+        features_sha256: str | None = None,
     ) -> None:
         if not 0 < validation < 1 or not 0 <= drop_label <= 1:
             raise ValueError("images: needs 0 < validation < 1 and 0 <= drop_label <= 1.")
         self.data, self.validation, self.drop_label = data, validation, drop_label
+        self.features, self.features_sha256 = features, features_sha256
         self._statistics: dict[str, Any] | None = None
 
     # -- constants ----------------------------------------------------------------------------
@@ -190,9 +201,10 @@ class Images(Domain[Picture]):
     def metrics(
         self, items: Sequence[Picture | Invalid], reference: Sequence[Picture] | None = None
     ) -> dict[str, Estimate]:
-        """Share of valid images, and the Frechet distance between Gaussians fitted to the first
-        principal components of the training images (32, or fewer); the reference is the training
-        split unless given. It falls with more samples, so compare at equal n only: beside it
+        """Share of valid images; the scores of :mod:`shared.images.quality` if there are features;
+        and the Frechet distance between Gaussians fitted to the first principal components of the
+        training images (32, or fewer). The reference is the training split unless given. Distances
+        fall with more samples, so compare at equal n only: beside that of principal components
         stands that of as many validation images, or of all if there are fewer."""
         pictures = [item for item in items if not isinstance(item, Invalid)]
         out = {"valid": proportion(len(pictures), len(items))}
@@ -210,7 +222,15 @@ class Images(Domain[Picture]):
         out[name] = distance(np.stack(pictures), truth)
         if reference is None:
             out[f"{name}_of_validation"] = distance(images[held][: len(pictures)], truth)
+        if (chosen := self._features) is not None:
+            against = "train" if reference is None else "given"
+            out |= scores(chosen, np.stack(pictures), truth, against)
         return out
+
+    @cached_property
+    def _features(self) -> Features | None:
+        default = "digits" if self.data == "digits" else None
+        return features.choose(self.features or default, self.features_sha256)
 
     def _flat(self, images: np.ndarray) -> np.ndarray:
         return self.encode(images).flatten(1).numpy().astype(np.float64)
@@ -234,15 +254,3 @@ class Images(Domain[Picture]):
         data = files.png(framed, columns=min(len(items), 10), zoom=zoom)
         text = base64.b64encode(data).decode()
         return f'<img alt="{min(len(items), 100)} images" src="data:image/png;base64,{text}">'
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|m_a - m_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of Gaussians fitted to samples [n, d] and
-    [m, d] (Dowson & Landau 1982)."""
-    gap = a.mean(0) - b.mean(0)
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    cov_a, cov_b = np.atleast_2d(cov_a), np.atleast_2d(cov_b)
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(min=0.0)).sum()
-    return float(gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2.0 * cross)

@@ -24,12 +24,15 @@ class Block(nn.Module):
     """Two convolutions with a residual connection; the embedding scales and shifts between them.
     The second convolution starts at zero, so an untrained block passes its input on."""
 
-    def __init__(self, channels_in: int, channels: int, embedding: int) -> None:
+    def __init__(
+        self, channels_in: int, channels: int, embedding: int, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(_group_count(channels_in), channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
         self.film = nn.Linear(embedding, 2 * channels)
         self.norm2 = nn.GroupNorm(_group_count(channels), channels)
+        self.drop = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
         self.skip = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else None
@@ -37,7 +40,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.film(F.silu(embedding))[..., None, None].chunk(2, dim=1)
-        h = self.conv2(F.silu(self.norm2(h) * (1.0 + scale) + shift))
+        h = self.conv2(self.drop(F.silu(self.norm2(h) * (1.0 + scale) + shift)))
         return h + (x if self.skip is None else self.skip(x))
 
 
@@ -56,7 +59,12 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self, channels: int, widths: Sequence[int] = (32, 64), blocks: int = 1, classes: int = 0
+        self,
+        channels: int,
+        widths: Sequence[int] = (32, 64),
+        blocks: int = 1,
+        classes: int = 0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.classes, embedding = classes, 4 * widths[0]
@@ -67,13 +75,14 @@ class UNet(nn.Module):
         now, skips = widths[0], []
         for width in widths:
             for _ in range(blocks):
-                self.down.append(Block(now, width, embedding))
+                self.down.append(Block(now, width, embedding, dropout))
                 now = width
             skips.append(now)
-        self.middle = Block(now, now, embedding)
+        self.middle = Block(now, now, embedding, dropout)
         for width, skip in zip(reversed(widths), reversed(skips), strict=True):
             for k in range(blocks):
-                self.up.append(Block(now + (skip if k == 0 else 0), width, embedding))
+                entering = now + (skip if k == 0 else 0)
+                self.up.append(Block(entering, width, embedding, dropout))
                 now = width
         self.blocks, self.levels = blocks, len(widths)
         self.leave = nn.Conv2d(now, channels, 3, padding=1)
@@ -117,6 +126,7 @@ def image_denoiser(
     widths: Sequence[int] = (32, 64),
     blocks: int = 1,
     conditional: bool = True,
+    dropout: float = 0.0,
     head: Head | None = None,
     times: TimeSampler | None = None,
 ) -> Denoiser:
@@ -133,5 +143,5 @@ def image_denoiser(
             f"{height} x {width}."
         )
     classes = domain.classes if conditional else 0
-    network = UNet(channels, widths, blocks, classes)
+    network = UNet(channels, widths, blocks, classes, dropout)
     return Denoiser(network, Process.single(schedule), head, times=times)
