@@ -10,6 +10,7 @@ from molediff import published
 from shared import cli
 from shared.cli import Outcome, Program, Progress, Verb
 from shared.configuration import ConfigurationError, plain
+from shared.models import find_device
 
 
 def prepare_data(
@@ -28,6 +29,17 @@ def prepare_data(
     if left_out:
         lines.append(f"{left_out} records left out; reasons in {Path(out) / 'invalid.jsonl'}")
     return Outcome(lines, Path(out))
+
+
+def label_data(config: DictConfig, program: Program, progress: Progress | None = None) -> Outcome:
+    """``molediff data label``: predictions for the properties that a data set lacks."""
+    from molediff.geometric.predicting import Predictor, label
+
+    if config.out is None:
+        raise ConfigurationError("data label: 'out' is missing; give out=FOLDER.")
+    predictor = Predictor.load(config.run, find_device(config.device))
+    data = label(config.path, predictor, config.out, keep=config.keep, progress=progress)
+    return Outcome((f"{data!r}, {data.info['labelled']['n']} molecules labelled",), data.path)
 
 
 PROGRAM = Program(
@@ -51,7 +63,25 @@ PROGRAM = Program(
             "molediff.cli:prepare_data",
             bare=True,
             examples=("mine.sdf out=data/mine", "dsgdb9nsd.xyz.tar.bz2 out=data/qm9"),
-        )
+        ),
+        "data label": Verb(
+            "fill in missing properties of a data set with the predictions of a model",
+            "molediff.cli:label_data",
+            bare=True,
+            examples=("data/qm9 run=runs/oracle out=data/labelled",),
+        ),
+        "oracle measure": Verb(
+            "measure a property model on held-out molecules, and keep its errors with it",
+            "molediff.geometric.predicting:measure_verb",
+            bare=True,
+            examples=("data/qm9 run=runs/oracle",),
+        ),
+        "oracle calibrate": Verb(
+            "fit GFN2-xTB to the labels of a data set, and measure its error",
+            "molediff.oracles:calibrate_verb",
+            bare=True,
+            examples=("data/qm9 out=calibration", "data/qm9 n=300 relax=true out=calibration"),
+        ),
     },
 )
 

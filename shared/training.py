@@ -320,6 +320,7 @@ def _compile(denoiser: Denoiser) -> None:
     import torch.fx.experimental._config as symbols
 
     symbols.use_duck_shape = False  # sizes that happen to agree would compile again and again
+    torch._dynamo.config.recompile_limit = 64  # with and without mask, gradients, ...
     layers = getattr(denoiser.backbone, "layers", None)
     for part in layers if isinstance(layers, torch.nn.ModuleList) else [denoiser.backbone]:
         part.compile(dynamic=True)

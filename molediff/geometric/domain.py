@@ -201,7 +201,8 @@ class Molecules(Domain[Molecule]):
     def physical(self, values: np.ndarray) -> np.ndarray:
         """The inverse of :meth:`standardise`."""
         mean, mad = self._scales
-        return np.asarray(values, np.float64) * mad + mean
+        physical: np.ndarray = np.asarray(values, np.float64) * mad + mean
+        return physical
 
     @cached_property
     def _scales(self) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 from molediff.geometric.edm import edm_heads
 from molediff.geometric.egnn import EGNN, EGNNOptions, InvariantEGNN
 from molediff.geometric.gdm import GDM
-from molediff.geometric.process import fast_times, karras_heads, molecule_process
+from molediff.geometric.process import (
+    energy_times,
+    fast_times,
+    karras_heads,
+    molecule_process,
+)
 from molediff.geometric.properties import (
     InvariantTransformer,
     NoNoise,
@@ -87,7 +92,7 @@ def _property_model(
         molecule_process(schedule, charges=domain.charges is not None),
         _karras_heads(domain),
         domain.properties,
-        fast_times() if noisy else NoNoise(),
+        energy_times() if noisy else NoNoise(),
         loss,
     )
 

@@ -55,3 +55,9 @@ def fast_times() -> NormalLogSNR:
     """Training times that dwell where bonds form: log(alpha^2 / sigma^2) ~ N(1.5, 2.2^2), cut to
     [-11, 11.4]; half of it is the log-SNR of this library."""
     return NormalLogSNR(mean=0.75, std=1.1, low=-5.5, high=5.7)
+
+
+def energy_times() -> NormalLogSNR:
+    """Training times of property networks: half log-SNR ~ N(2, 1.3^2). Below about 1 the elements
+    (one-hot rows of length 1/4) drown in the noise, and with them every property."""
+    return NormalLogSNR(mean=2.0, std=1.3, low=-3.0, high=5.7)

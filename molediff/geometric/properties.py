@@ -7,8 +7,9 @@ levels as generators do, ``experiment=qm9_oracle`` none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,10 +27,10 @@ from shared.schedules import Schedule
 
 PROPERTIES = "properties"
 
-LOSSES = {
-    "absolute": lambda y, target: (y - target).abs(),
-    "squared": lambda y, target: (y - target).square(),
-    "bits": lambda y, target: F.binary_cross_entropy_with_logits(y, target, reduction="none"),
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "absolute": partial(F.l1_loss, reduction="none"),
+    "squared": partial(F.mse_loss, reduction="none"),
+    "bits": partial(F.binary_cross_entropy_with_logits, reduction="none"),
 }
 
 
