@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
 
 import numpy as np
 
 from molediff.bonds import perceive
+from molediff.extras import need
 from molediff.molecules import Molecule
+from molediff.xtb import ERRORS, STEPS, relaxed
 from shared.metrics import Estimate, mean, proportion
 
 RESAMPLES = 20
 KCAL_PER_EV = 23.060548
-FORCE = 0.05
-"""A geometry counts as relaxed below this largest force (eV/Angstrom)."""
 
 
 def fcd(smiles: Sequence[str], reference: Sequence[str]) -> Estimate:
@@ -26,7 +25,7 @@ def fcd(smiles: Sequence[str], reference: Sequence[str]) -> Estimate:
     Raises:
         ModuleNotFoundError: fcd_torch is not installed.
     """
-    package = _need("fcd_torch", "fcd")
+    package = need("fcd_torch", "extras: 'fcd'")
     if min(len(smiles), len(reference)) < 2:
         return Estimate(np.nan, len(smiles), np.nan, np.nan)
     network = package.FCD(device="cpu")
@@ -62,7 +61,7 @@ def posebusters(molecules: Sequence[Molecule], perception: str = "rdkit") -> Est
     Raises:
         ModuleNotFoundError: posebusters is not installed.
     """
-    package = _need("posebusters", "posebusters")
+    package = need("posebusters", "extras: 'posebusters'")
     ready = []
     for molecule in molecules:
         try:
@@ -77,7 +76,7 @@ def posebusters(molecules: Sequence[Molecule], perception: str = "rdkit") -> Est
     return proportion(int(report.all(axis=1).sum()), len(molecules))
 
 
-def strain(molecules: Sequence[Molecule], steps: int = 250) -> dict[str, Estimate]:
+def strain(molecules: Sequence[Molecule], steps: int = STEPS) -> dict[str, Estimate]:
     """``strain``: energy in kcal/mol that a geometry gives off when it relaxes under GFN2-xTB
     (Bannwarth et al. 2019; tblite and ase), mean over those that converge within ``steps``;
     ``strain_relaxed``: how many do, among all.
@@ -85,38 +84,13 @@ def strain(molecules: Sequence[Molecule], steps: int = 250) -> dict[str, Estimat
     Raises:
         ModuleNotFoundError: tblite or ase is not installed.
     """
-    for name in ("tblite.ase", "ase.optimize"):
-        _need(name, "strain")
-    energies = [e for e in (_strain(m, steps) for m in molecules) if e is not None]
+    for module in ("tblite.ase", "ase.optimize"):
+        need(module, "extras: 'strain'")
+    energies = []
+    for molecule in molecules:
+        with suppress(*ERRORS):
+            energies.append(KCAL_PER_EV * relaxed(molecule, steps)[1])
     return {
         "strain": mean(energies),
         "strain_relaxed": proportion(len(energies), len(molecules)),
     }
-
-
-def _strain(molecule: Molecule, steps: int) -> float | None:
-    ase: Any = importlib.import_module("ase")
-    optimize: Any = importlib.import_module("ase.optimize")
-    tblite: Any = importlib.import_module("tblite.ase")
-    if molecule.positions is None:
-        return None
-    atoms = ase.Atoms(molecule.atomic_numbers.astype(int), molecule.positions.astype(np.float64))
-    atoms.calc = tblite.TBLite(method="GFN2-xTB", charge=molecule.charge, verbosity=0)
-    try:
-        start = atoms.get_potential_energy()
-        if not optimize.LBFGS(atoms, logfile=None).run(fmax=FORCE, steps=steps):
-            return None
-        released = KCAL_PER_EV * float(start - atoms.get_potential_energy())
-    except Exception:  # the solver's errors share no base class; each is a failure of its molecule
-        return None
-    return released if np.isfinite(released) else None
-
-
-def _need(module: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise ModuleNotFoundError(
-            f"extras: {extra!r} needs the package {module.split('.')[0]}: "
-            "pip install 'molediff[chemistry]'"
-        ) from None
