@@ -176,7 +176,7 @@ def calibrate(
     lines = {name: _line(name, made[name], labels[name], fit, good & ~fit) for name in known}
     source = f"{data.info['source'].get('kind', '')} {data.info['fingerprint'][:12]}".strip()
     return Calibration(
-        lines, relax, seed, source=source, failed=int((~good).sum()), versions=_versions()
+        lines, relax, seed, source=source, failed=int((~good).sum()), versions=program_versions()
     )
 
 
@@ -208,7 +208,8 @@ def _least_squares(x: np.ndarray, y: np.ndarray, through_zero: bool) -> tuple[fl
     return slope, intercept
 
 
-def _versions() -> dict[str, str]:
+def program_versions() -> dict[str, str]:
+    """Versions of Python and of all packages that the values depend on."""
     found = dict(versions())
     for package in PROGRAMS:
         try:

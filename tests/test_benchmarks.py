@@ -7,6 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from rdkit import Chem
+from rdkit.Chem import rdDistGeom
+
+import molediff
+from molediff.geometric.prepare import prepare
+from molediff.molecules import Molecule
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -44,6 +52,26 @@ def test_egnn(tmp_path):
     result = run("egnn", tmp_path)
     assert all(row["relative_difference"] < 1e-5 for row in result["comparison"])
     assert (tmp_path / "egnn.md").read_text().count("|") > 10
+
+
+def test_oracles(tmp_path):
+    for package in ("tblite", "dftd4"):
+        pytest.importorskip(package)
+    for k, smiles in enumerate(("C", "O", "CC", "CO", "CN", "C=O", "CCO", "C#N")):
+        mol = Chem.AddHs(Chem.MolFromSmiles(smiles))
+        rdDistGeom.EmbedMolecule(mol, randomSeed=7)
+        labels = {"gap": 7.0 + k, "mu": 0.5 * k}
+        molediff.write(tmp_path / "raw.sdf", [Molecule.from_rdkit(mol).replace(properties=labels)])
+    prepare(tmp_path / "raw.sdf", tmp_path / "data", fractions=(0.5, 0.5, 0.0))
+    result = run("oracles", tmp_path, "--data", str(tmp_path / "data"))
+    found = {(row["property"], row["relaxed"]): row for row in result["rows"]}
+    assert found.keys() == {(name, relaxed) for name in ("gap", "mu") for relaxed in (False, True)}
+    row = found["gap", False]
+    assert (row["n"], row["failed"], row["unit"]) == (4, 0, "eV")
+    for error in row["mae"].values():
+        assert 0.0 <= error["value"] <= error["high"]
+    assert {"tblite", "dftd4"} <= result["programs"].keys()
+    assert (tmp_path / "oracles.md").read_text().count("B3LYP") == 2
 
 
 def test_the_tables_of_the_readme_are_those_of_the_benchmarks():
