@@ -1,39 +1,61 @@
-"""Completion of test scans: a model against what needs no model, at several numbers of steps.
+"""Completion of test scans: a model against what needs none, and against an encoder-decoder.
 
-    python benchmarks/completion.py --data shapes.npz [--run runs/mine] [--n 32] [--steps 5 10 20]
+    python benchmarks/completion.py --data shapes.npz [--run shapes] [--n 32] [--steps 5 10 20 50]
+        [--long 1000 --few 4] [--pcn-seconds 600 --views views.npz]
 
-The scan itself, the scan with its mirror image, and the nearest training shape (by Chamfer
-distance from the scan to it) are the baselines. Every cloud has as many points as the scan.
-Chamfer-L2 is times 1e4, EMD (exact) times 1e2, F1 at a squared distance of 1e-4 (of shapes with
-largest radius 1). Without --run the baselines only.
+The scan itself, the scan with its mirror image, and the nearest training shape (by the distance
+from the scan to it, in the frame of the data) are the baselines; --pcn-seconds trains an
+encoder-decoder (benchmarks/pcn.py) for so much processor time on the same pairs. Every cloud has
+as many points as the scan. "Kept" says that points on the scan were replaced by points of it, as
+`pointdiff complete` does by default; the same is done for every baseline.
+
+Chamfer-L2 (mean squared distance to the nearest point, both ways, added) is times 1e4, EMD (mean
+distance, exact) times 1e2, F1 at a squared distance of 1e-4; of shapes with largest radius 1, so
+that Chamfer is four times, and EMD twice, what it is in a unit cube. Means over the first n test
+shapes, one fixed scan of each; standard errors are in the JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pcn
 import torch
 from common import markdown, publish
 
+import pointdiff  # noqa: F401 (registers the pretrained models)
 from pointdiff.clouds import Cloud, resample
 from pointdiff.completion import load
+from pointdiff.data import Augmentation
 from pointdiff.domain import Completion
+from pointdiff.merging import merge
 from pointdiff.metrics import evaluate
 from pointdiff.ops import knn
 from pointdiff.scanning import Scanner
 from shared.randomness import stream
 
 UNITS = {"chamfer_l2": 1e4, "emd": 1e2, "f1": 1.0}
+COLUMNS = ["completion", "kept", "calls", "n", "Chamfer-L2 x1e4", "EMD x1e2", "F1", "seconds each"]
 
 
-def mirrored(scan: Cloud, points: int, index: int) -> Cloud:
+@dataclass(frozen=True)
+class Pair:
+    """A test scan and its complete cloud, both in the frame of the data."""
+
+    scan: Cloud
+    truth: Cloud
+
+
+def mirrored(scan: Cloud, index: int) -> Cloud:
     """The scan and its image in the plane x = 0, thinned out."""
     both = np.concatenate([scan, scan * np.array([-1, 1, 1], np.float32)])
-    return resample(both, points, stream(0, index, "mirrored", 0))
+    return resample(both, len(scan), stream(0, index, "mirrored", 0))
 
 
 def nearest(domain: Completion, scan: Cloud, sketch: int = 128) -> Cloud:
@@ -45,54 +67,108 @@ def nearest(domain: Completion, scan: Cloud, sketch: int = 128) -> Cloud:
         for r in rows
     ]
     best = domain.shapes[int(rows[int(np.argmin(gaps))])]
-    return resample(best, domain.points, stream(0, 0, "nearest", 0))
+    return resample(best, len(scan), stream(0, 0, "nearest", 0))
 
 
-def judge(name: str, clouds: Sequence[Cloud], truth: Sequence[Cloud], seconds: float) -> list:
-    """One row of the table."""
-    found = evaluate(clouds, truth)
-    cells = [f"{unit * float(found[key]):.3f}" for key, unit in UNITS.items()]
-    return [name, *cells, f"{seconds / len(clouds):.2f}"]
+def kept(cloud: Cloud, scan: Cloud) -> Cloud:
+    """Points of the scan in place of those that lie on it."""
+    return merge(torch.from_numpy(cloud), torch.from_numpy(scan)).numpy()
 
 
-def rows(domain: Completion, run: Path | None, n: int, steps: Sequence[int]) -> list[list]:
-    """Everything that is compared, on the first ``n`` test scans."""
-    scans = [domain.test[i].partial[:, :3] for i in range(n)]
-    truth = [domain.test[i].complete for i in range(n)]
-    table = [judge("the scan", scans, truth, 0.0)]
-    reflected = [mirrored(scan, domain.points, i) for i, scan in enumerate(scans)]
-    table.append(judge("scan and mirror image", reflected, truth, 0.0))
-    start = time.perf_counter()
-    found = [nearest(domain, scan) for scan in scans]
-    table.append(judge("nearest training shape", found, truth, time.perf_counter() - start))
-    if run is None:
-        return table
-    model = load(run)
-    for nfe in steps:
-        start = time.perf_counter()
-        clouds = [
-            model.complete(scan, points=domain.points, frame="given", steps=nfe, seed=0)[0]
-            for scan in scans
+class Table:
+    """Judges ways to complete scans, row by row."""
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self.pairs = pairs
+        self.rows: list[dict[str, Any]] = []
+
+    def add(
+        self,
+        name: str,
+        make: Callable[[Cloud, int], Cloud],
+        calls: int | None = None,
+        also_kept: bool = True,
+        n: int | None = None,
+    ) -> None:
+        """The clouds that ``make`` (scan, index) gives, as they are and with the scan kept."""
+        pairs, start = self.pairs[:n], time.perf_counter()
+        clouds = [make(pair.scan, i) for i, pair in enumerate(pairs)]
+        seconds = (time.perf_counter() - start) / len(pairs)
+        for keep in (False, True)[: 1 + also_kept]:
+            made = (
+                [kept(c, p.scan) for c, p in zip(clouds, pairs, strict=True)] if keep else clouds
+            )
+            found = evaluate(made, [pair.truth for pair in pairs])
+            self.rows.append(
+                {"completion": name, "kept": keep, "calls": calls, "n": len(pairs)}
+                | {key: found[key].as_json() for key in UNITS}
+                | {"seconds": seconds}
+            )
+
+    def markdown(self) -> str:
+        cells = [
+            [row["completion"], "yes" if row["kept"] else "", row["calls"], row["n"]]
+            + [f"{unit * row[key]['value']:.3f}" for key, unit in UNITS.items()]
+            + [f"{row['seconds']:.2f}"]
+            for row in self.rows
         ]
-        table.append(judge(f"model, {nfe} steps", clouds, truth, time.perf_counter() - start))
-    return table
+        return markdown(COLUMNS, cells)
+
+
+def compare(given: argparse.Namespace) -> tuple[Table, dict[str, Any]]:
+    """Everything that is compared, and facts about it."""
+    scanner = Scanner(points=given.points)
+    domain = Completion(given.data, given.points, scanner, frame="data")
+    count = min(given.n, len(domain.test))
+    records = [domain.test[i] for i in range(count)]
+    table = Table([Pair(r.partial[:, :3], r.complete) for r in records])
+    table.add("the scan", lambda scan, i: scan, also_kept=False)
+    table.add("scan and mirror image", mirrored)
+    table.add("nearest training shape", lambda scan, i: nearest(domain, scan))
+    facts: dict[str, Any] = {"points": given.points, "seed": 0}
+    if given.pcn_seconds:
+        augment = Augmentation(rotation=15.0, mirror=0.5, stretch=1.15, turned=0.5)
+        own = Completion(
+            given.data, 1024, Scanner(points=1024), augment=augment, views=given.views
+        )
+        network = pcn.train(own, given.pcn_seconds)
+        table.add("encoder-decoder", lambda scan, i: pcn.complete(network, own, scan))
+        facts["encoder_decoder_seconds"] = given.pcn_seconds
+    if given.run is not None:
+        add_model(table, given)
+    return table, facts
+
+
+def add_model(table: Table, given: argparse.Namespace) -> None:
+    """Rows of the model, by the number of denoiser calls."""
+    model = load(given.run)
+
+    def completed(steps: int) -> Callable[[Cloud, int], Cloud]:
+        return lambda scan, i: model.complete(
+            scan, points=given.points, frame="given", keep=False, steps=steps, seed=i
+        )[0]
+
+    for steps in given.steps:
+        table.add("diffusion", completed(steps), steps)
+    if given.long:
+        table.add("diffusion", completed(given.long), given.long, n=given.few)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--data", required=True)
-    parser.add_argument("--run", type=Path)
+    parser.add_argument("--run")
     parser.add_argument("--n", type=int, default=32)
     parser.add_argument("--points", type=int, default=2048)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50])
+    parser.add_argument("--long", type=int, help="another number of steps, for few shapes")
+    parser.add_argument("--few", type=int, default=4)
+    parser.add_argument("--pcn-seconds", type=float, default=0.0)
+    parser.add_argument("--views", help="file of `pointdiff views`, for --pcn-seconds")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()
-    domain = Completion(given.data, given.points, Scanner(points=given.points))
-    columns = ["completion", "Chamfer-L2 x1e4", "EMD x1e2", "F1", "seconds each"]
-    n = min(given.n, len(domain.test))
-    table = rows(domain, given.run, n, given.steps)
-    result = {"n": n, "points": given.points, "columns": columns, "rows": table}
-    publish(given.out, "completion", result, markdown(columns, table))
+    table, facts = compare(given)
+    publish(given.out, "completion", {**facts, "rows": table.rows}, table.markdown())
 
 
 if __name__ == "__main__":

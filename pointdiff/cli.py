@@ -34,25 +34,40 @@ def scan(config: DictConfig, program: Program, progress: Progress | None = None)
     return Outcome((f"scanned {config.path} ({len(cloud):,} points): {names[0]}{last}",), out)
 
 
+def views(config: DictConfig, program: Program, progress: Progress | None = None) -> Outcome:
+    """``pointdiff views``: find once what the cameras see of every shape of a data set."""
+    from pointdiff.data import load_shapes, save_views
+
+    shapes = load_shapes(config.path)
+    out = Path(config.out or f"{Path(config.path).stem}_views.npz")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_views(out, shapes, build(config.scanner), progress)
+    return Outcome((f"views of {len(shapes):,} shapes: {out}; give domain.views={out}",), out)
+
+
 def complete(config: DictConfig, program: Program, progress: Progress | None = None) -> Outcome:
     """``pointdiff complete``: one scan -> complete clouds, and a page that shows them."""
     from pointdiff import completion, files, views
     from pointdiff.metrics import evaluate
     from shared import reports
-    from shared.models import find_choice
+    from shared.models import find_choice, find_device, guided
 
     scan = files.read_one(config.path)
     truth = None if config.truth is None else files.read_one(config.truth)
-    completer = completion.load(config.run, config.checkpoint)
+    completer = completion.load(config.run, config.checkpoint, config.refine)
+    model = completer.model
     seed = secrets.randbelow(2**31) if config.seed is None else config.seed
+    denoiser = model.denoiser.to(find_device(config.device))
     clouds = completer.complete(
         scan,
         config.samples,
         points=config.points,
         frame=config.frame,
+        keep=config.keep,
         steps=config.steps,
         seed=seed,
-        solver=find_choice(config.solver, completer.model.domain, completer.model.checkpoint),
+        solver=find_choice(config.solver, model.domain, model.checkpoint),
+        denoise=guided(config.guidance, denoiser, model.domain),
         device=config.device,
     )
     out = Path(config.out or f"{Path(config.path).stem}_complete.ply")
@@ -86,6 +101,7 @@ PROGRAM = Program(
     packages=("pointdiff.",),
     default="completion",
     examples=(
+        "complete scan.ply out=full.ply",
         "complete scan.ply run=runs/mine out=full.ply samples=3 report=full.html",
         "scan chair.obj out=scan.ply view=3",
         "train experiment=completion_small domain.data=shapes.npz out=runs/mine",
@@ -94,6 +110,12 @@ PROGRAM = Program(
     ),
     more={
         "complete": Verb("complete a partial scan", "pointdiff.cli:complete", bare=True),
+        "views": Verb(
+            "find what cameras see of the shapes of a data set, to train faster",
+            "pointdiff.cli:views",
+            bare=True,
+            examples=("shapes.npz out=views.npz",),
+        ),
         "scan": Verb(
             "make partial views of a complete cloud or mesh",
             "pointdiff.cli:scan",

@@ -91,9 +91,9 @@ class Frame:
 
 
 def resample(points: Cloud, n: int, generator: np.random.Generator) -> Cloud:
-    """Exactly ``n`` points: a random choice without repetition, or all of them and a random
+    """Exactly ``n`` points in random order: a choice without repetition, or all of them and a
     choice of repetitions where there are fewer."""
     if len(points) >= n:
         return points[generator.choice(len(points), n, replace=False)]
     more = generator.choice(len(points), n - len(points), replace=True)
-    return np.concatenate([points, points[more]])
+    return np.concatenate([points, points[more]])[generator.permutation(n)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pointdiff import refinement
 from pointdiff.clouds import Cloud, Frame, check
 from pointdiff.domain import Completion
 from shared import models
@@ -19,9 +20,10 @@ FRAMES = ("own", "given")
 
 @dataclass(frozen=True)
 class Completer:
-    """A trained completion model."""
+    """A trained completion model, and a trained refinement network for its completions."""
 
     model: Model[Cloud]
+    refiner: Model[Cloud] | None = None
 
     def complete(
         self,
@@ -30,6 +32,7 @@ class Completer:
         *,
         points: int | None = None,
         frame: str = "own",
+        keep: bool = True,
         steps: int = 20,
         seed: int | None = None,
         **settings: Any,
@@ -38,9 +41,12 @@ class Completer:
 
         Args:
             samples: how many different completions.
-            points: of each; by default those of training, where the model is best.
-            frame: 'own': the scan is brought to centre 0 and radius 1 first; 'given': its
-                coordinates are already those of the data, centre 0 and radius 1 of the whole.
+            points: of each. With a refiner the model makes a part of them, from which the refiner
+                makes them all; without one the model makes all of them itself.
+            frame: of models that work in the frame of the data (PDR): 'own': the scan is brought
+                to centre 0 and radius 1 first; 'given': its coordinates are already those of the
+                data, centre 0 and radius 1 of the whole. Others do not depend on it.
+            keep: points of the scan in place of those that were generated on what it shows.
             steps: denoiser calls. seed: None draws one. settings: of ``Model.generate``.
 
         Raises:
@@ -52,18 +58,27 @@ class Completer:
             raise ValueError(f"frame={frame!r}: choose {' or '.join(FRAMES)}.")
         cloud = check(scan, "scan")
         place = Frame.of(cloud) if frame == "own" else Frame()
-        size = {} if points is None else {"points": points}
+        factor = 1 if self.refiner is None else self.refiner.domain.factor
+        size = {} if points is None else {"points": -(-points // factor)}
         items = self.model.sample(
-            samples, steps=steps, seed=seed, scan=place.enter(cloud), **size, **settings
+            samples, steps=steps, seed=seed, scan=place.enter(cloud), keep=keep, **size, **settings
         )
         for item in items:
             if isinstance(item, Invalid):
                 raise FloatingPointError(f"a completion failed: {item.reason}; try more steps.")
-        return [place.leave(np.asarray(item)) for item in items]
+        clouds = [place.leave(np.asarray(item)) for item in items]
+        if self.refiner is None:
+            return clouds
+        return [refinement.refine(self.refiner, c, cloud)[:points] for c in clouds]
 
 
-def load(run: str | Path, checkpoint: str | None = None) -> Completer:
-    """A completion model by its run folder or pretrained name; see :func:`shared.models.load`.
+def load(
+    run: str | Path = "shapes",
+    checkpoint: str | None = None,
+    refine: str | Path | None = None,
+) -> Completer:
+    """A completion model by its run folder or pretrained name (see :func:`shared.models.load`),
+    and the refinement network ``refine`` likewise.
 
     Raises:
         FileNotFoundError: no such run. ValueError: a model of something else.
@@ -71,4 +86,4 @@ def load(run: str | Path, checkpoint: str | None = None) -> Completer:
     model = models.load(run, checkpoint)
     if not isinstance(model.domain, Completion):
         raise ValueError(f"{run} is a model of {model.domain.name}, not of completion.")
-    return Completer(model)
+    return Completer(model, None if refine is None else refinement.load(refine))

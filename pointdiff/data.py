@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.spatial.transform import Rotation
 from torch.utils.data import Dataset
 
-from pointdiff import files
+from pointdiff import files, published
 from pointdiff.clouds import Cloud, Frame, resample
+from pointdiff.published import Recorded
 from pointdiff.scanning import Scanner
 from shared.domains import Invalid
 from shared.randomness import stream
@@ -21,10 +23,12 @@ AXES = {"x": 0, "y": 1, "z": 2}
 
 
 class Pair(NamedTuple):
-    """A complete cloud [n, 3] and a scan of it [m, 4]: position; 1, or -1 for a mirrored point."""
+    """A complete cloud [n, 3], a scan of it [m, 4] (position; 1, or -1 for a mirrored point), and
+    the frame that both are in."""
 
     complete: np.ndarray
     partial: np.ndarray
+    frame: Frame = Frame()
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,10 @@ class Augmentation:
     """Random changes that a complete cloud and its scan share (Lyu et al. 2022, Appendix).
 
     Args:
-        scale: largest factor, and one over the smallest. rotation: largest angle about ``up``,
-            degrees. mirror: probability of x -> -x. translation: standard deviation.
+        scale: largest factor, and one over the smallest. stretch: the same, for each axis.
+        rotation: largest angle about ``up``, degrees. turned: probability of a rotation to any
+            orientation instead.
+        mirror: probability of x -> -x. translation: standard deviation.
     """
 
     scale: float = 1.0
@@ -41,10 +47,14 @@ class Augmentation:
     up: str = "y"
     mirror: float = 0.0
     translation: float = 0.0
+    stretch: float = 1.0
+    turned: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.scale < 1 or self.up not in AXES or not 0 <= self.mirror <= 1:
-            raise ValueError("augment: needs scale >= 1, up x, y or z, and 0 <= mirror <= 1.")
+        if min(self.scale, self.stretch) < 1 or self.up not in AXES:
+            raise ValueError("augment: needs scale >= 1, stretch >= 1, and up x, y or z.")
+        if not (0 <= self.mirror <= 1 and 0 <= self.turned <= 1):
+            raise ValueError("augment: mirror and turned are probabilities.")
 
     def draw(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """A matrix [3, 3] and a shift [3]: x -> x @ matrix + shift."""
@@ -57,6 +67,10 @@ class Augmentation:
         matrix *= self.scale ** generator.uniform(-1, 1)
         if generator.random() < self.mirror:
             matrix[0] *= -1
+        if self.turned and generator.random() < self.turned:
+            matrix = matrix @ Rotation.random(random_state=generator).as_matrix()
+        if self.stretch > 1:
+            matrix = matrix * self.stretch ** generator.uniform(-1, 1, 3)
         return matrix, self.translation * generator.standard_normal(3)
 
 
@@ -64,7 +78,8 @@ class Shapes:
     """Complete clouds in memory, each centred with largest radius 1.
 
     ``points`` [shapes] arrays [n, 3] times ``scale``; ``split`` [shapes]: 0 train, 1 test;
-    ``groups`` [shapes]: copies of a shape share one.
+    ``groups`` [shapes]: copies of a shape share one; ``visible``: None, or for each shape what
+    cameras see of it (:meth:`pointdiff.scanning.Scanner.visible`).
     """
 
     def __init__(
@@ -73,13 +88,34 @@ class Shapes:
         scale: float = 1.0,
         split: np.ndarray | None = None,
         groups: np.ndarray | None = None,
+        visible: Sequence[np.ndarray] | None = None,
     ) -> None:
         n = len(points)
+        self.visible = visible
         self.points, self.scale = points, scale
         self.split = np.zeros(n, np.int8) if split is None else split
         self.groups = np.arange(n) if groups is None else groups
         if not len(self.split) == len(self.groups) == n:
             raise ValueError(f"shapes: {n} clouds, but other numbers of splits or groups.")
+
+    def take_views(self, path: str | Path, scanner: Scanner) -> None:
+        """Take what cameras see from the file that :func:`save_views` made of the same shapes.
+
+        Raises:
+            ValueError: views of other shapes, or of another scanner.
+        """
+        with np.load(path, allow_pickle=False) as arrays:
+            if not {"visible", "start", "scanner"} <= set(arrays):
+                raise ValueError(f"domain.views={path}: made by something else than views.")
+            rows, start = arrays["visible"], arrays["start"]
+            made, wanted = str(arrays["scanner"]), _viewpoint(scanner)
+        widths = [-(-len(cloud) // 8) for cloud in self.points]
+        if made != wanted or not np.array_equal(np.diff(start), widths):
+            raise ValueError(
+                f"domain.views={path}: made of other shapes or by another scanner ({made}, not "
+                f"{wanted})."
+            )
+        self.visible = [rows[:, a:b] for a, b in zip(start, start[1:], strict=False)]
 
     def __len__(self) -> int:
         return len(self.points)
@@ -103,7 +139,7 @@ class Shapes:
 def load_shapes(path: str | Path) -> Shapes:
     """Shapes of an .npz file with ``points`` [shapes, n, 3] (times ``scale``), and optionally
     ``split`` and ``duplicate_group``, which are taken as they are; or of any file or folder that
-    :func:`pointdiff.files.read` reads, brought to centre 0 and radius 1.
+    :func:`pointdiff.files.read` reads, or ShapeNet-55, brought to centre 0 and radius 1.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, or no shape that can be used.
@@ -116,6 +152,10 @@ def load_shapes(path: str | Path) -> Shapes:
                 scale = float(arrays.get("scale", np.float32(1)))
                 split, groups = arrays.get("split"), arrays.get("duplicate_group")
                 return Shapes(points, scale, split, groups)
+    listed = published.shapenet55(path)
+    if listed is not None:
+        clouds = [files.read_one(file) for file in listed[0]]
+        return Shapes([Frame.of(cloud).enter(cloud) for cloud in clouds], split=listed[1])
     clouds, reasons = [], []
     for cloud in files.read(path):
         if isinstance(cloud, Invalid):
@@ -127,9 +167,33 @@ def load_shapes(path: str | Path) -> Shapes:
     return Shapes(clouds)
 
 
+def save_views(
+    path: str | Path,
+    shapes: Shapes,
+    scanner: Scanner,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Find once what the cameras of ``scanner`` see of every shape, for ``domain.views``."""
+    rows = []
+    for i in range(len(shapes)):
+        rows.append(scanner.visible(shapes[i]))
+        if progress is not None:
+            progress(i + 1, len(shapes))
+    start = np.cumsum([0, *(row.shape[1] for row in rows)])
+    np.savez_compressed(
+        path, visible=np.concatenate(rows, 1), start=start, scanner=_viewpoint(scanner)
+    )
+
+
+def _viewpoint(scanner: Scanner) -> str:
+    return f"{scanner.method}, {scanner.views} views, distance {scanner.distance:g}"
+
+
 class Pairs(Dataset[Pair]):
     """Training pairs: every reading of a shape makes a new scan, drawn from torch's generator;
-    without ``fresh`` the scan of a record is always the same."""
+    without ``fresh`` the scan of a record is always the same. ``own_frame``: both clouds are in
+    the frame of the scan. ``drop``: share of the pairs whose scan is all zeros, flags included,
+    which stands for none."""
 
     def __init__(
         self,
@@ -140,24 +204,61 @@ class Pairs(Dataset[Pair]):
         mirror: str | None = None,
         augment: Augmentation | None = None,
         fresh: bool = True,
+        own_frame: bool = False,
+        drop: float = 0.0,
     ) -> None:
         self.shapes, self.rows, self.points = shapes, rows, points
+        self.own_frame, self.drop = own_frame, drop
         self.scanner, self.mirror, self.augment, self.fresh = scanner, mirror, augment, fresh
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Pair:
-        seed = int(torch.randint(2**62, ())) if self.fresh else 0
-        number = 0 if self.fresh else index
-        cloud = self.shapes[int(self.rows[index])]
+        if not self.fresh:
+            return self.numbered(index)
+        return self._pair(index, int(torch.randint(2**62, ())), 0)
+
+    def numbered(self, number: int) -> Pair:
+        """Always the same pair: beyond the last shape they begin again, with other scans."""
+        return self._pair(number % len(self.rows), 0, number)
+
+    def clouds(
+        self, index: int, seed: int, number: int, generator: np.random.Generator
+    ) -> tuple[Cloud, Cloud]:
+        """A shape and a scan of it."""
+        row = int(self.rows[index])
+        cloud = self.shapes[row]
+        visible = None if self.shapes.visible is None else self.shapes.visible[row]
+        return cloud, self.scanner(cloud, seed, number, visible=visible)
+
+    def _pair(self, index: int, seed: int, number: int) -> Pair:
         generator = stream(seed, number, "pair", 0)
-        partial = self.scanner(cloud, seed, number)
+        cloud, partial = self.clouds(index, seed, number, generator)
         complete = resample(cloud, self.points, generator)
         if self.augment is not None:
             matrix, shift = (a.astype(np.float32) for a in self.augment.draw(generator))
             complete, partial = complete @ matrix + shift, partial @ matrix + shift
-        return Pair(complete, with_flags(partial, self.mirror, generator))
+        if self.drop and generator.random() < self.drop:
+            return Pair(complete, np.zeros_like(with_flags(partial, self.mirror, generator)))
+        frame = Frame.of(partial) if self.own_frame else Frame()
+        scan = with_flags(frame.enter(partial), self.mirror, generator)
+        return Pair(frame.enter(complete), scan, frame)
+
+
+class RecordedPairs(Pairs):
+    """Pairs whose scans were recorded (:mod:`pointdiff.published`); ``scanner`` only says how many
+    points of them are taken."""
+
+    def __init__(self, recorded: Recorded, points: int, scanner: Scanner, **others: Any) -> None:
+        super().__init__(Shapes([]), np.arange(len(recorded)), points, scanner, **others)
+        self.recorded = recorded
+
+    def clouds(
+        self, index: int, seed: int, number: int, generator: np.random.Generator
+    ) -> tuple[Cloud, Cloud]:
+        cloud, scan = self.recorded.pair(int(self.rows[index]), self.points)
+        return cloud, resample(scan, self.scanner.points, generator)
 
 
 def with_flags(partial: Cloud, mirror: str | None, generator: np.random.Generator) -> np.ndarray:

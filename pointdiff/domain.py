@@ -1,8 +1,10 @@
 """Completion of partial point clouds as a domain of the core.
 
 A state has one field, 'x' [b, n, 3]; the condition is 'partial' [b, m, 4], the scan's points with
-a flag: 1, or -1 for mirrored ones. Both are in the frame of the data: the centre of the complete
-shape's bounding box is 0, its largest radius 1.
+a flag: 1, or -1 for mirrored ones, and 'frame' [b, 4], the centre and scale that lead back to the
+coordinates of the scan. By default both are in the frame of the scan, centre 0 and radius 1 of
+what is seen: units and position of a scan do not matter, and nothing of what is hidden is given
+away.
 """
 
 from __future__ import annotations
@@ -17,9 +19,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pointdiff import files
-from pointdiff.clouds import Cloud, check, resample
-from pointdiff.data import AXES, Augmentation, Pair, Pairs, Shapes, load_shapes, with_flags
+from pointdiff import files, published
+from pointdiff.clouds import Cloud, Frame, check, resample
+from pointdiff.data import (
+    AXES,
+    Augmentation,
+    Pair,
+    Pairs,
+    RecordedPairs,
+    Shapes,
+    load_shapes,
+    with_flags,
+)
+from pointdiff.merging import merge
 from pointdiff.metrics import evaluate
 from pointdiff.scanning import Scanner
 from pointdiff.views import gallery
@@ -29,17 +41,26 @@ from shared.metrics import Estimate, proportion
 from shared.process import State
 from shared.randomness import stream
 
+FRAMES = ("scan", "data")
+
 
 class Completion(Domain[Cloud]):
     """Complete clouds given a scan.
 
     Args:
         data: .npz of shapes, or a file or folder of clouds and meshes (see
-            :func:`pointdiff.data.load_shapes`); None for a model that only completes.
-        points: of a complete cloud.
+            :func:`pointdiff.data.load_shapes`), or a folder of a published data set
+            (:mod:`pointdiff.published`); None for a model that only completes.
+        points: of a complete cloud. training_points: in training, where fewer are cheaper; None:
+            as many.
         scan: how partial clouds are made; its ``points`` are those of the condition.
         mirror: None, or the axis ('x', 'y', 'z') across which the scan is mirrored.
         augment: changes of the training pairs. validation: share of the training shapes.
+        frame: 'scan', or 'data': coordinates as they are, in which the centre of the complete
+            shape's bounding box is 0 and its largest radius 1 (PDR).
+        drop: share of the training pairs without a scan, for models that also generate without
+            one, and for classifier-free guidance.
+        views: file of :func:`pointdiff.data.save_views`, which makes training scans quick.
     """
 
     name: ClassVar[str] = "completion"
@@ -52,7 +73,17 @@ class Completion(Domain[Cloud]):
         mirror: str | None = None,
         augment: Augmentation | None = None,
         validation: float = 0.05,
+        frame: str = "scan",
+        views: str | None = None,
+        training_points: int | None = None,
+        drop: float = 0.0,
     ) -> None:
+        if not 0 <= drop <= 1:
+            raise ValueError(f"domain.drop={drop}: give a share from 0 to 1.")
+        if frame not in FRAMES:
+            raise ValueError(f"domain.frame={frame!r}: choose {' or '.join(FRAMES)}.")
+        self.frame, self.views = frame, views
+        self.training_points, self.drop = training_points, drop
         if mirror is not None and mirror not in AXES:
             raise ValueError(f"domain.mirror={mirror!r}: choose x, y, z or null.")
         if points < 1 or not 0 < validation < 1:
@@ -72,15 +103,19 @@ class Completion(Domain[Cloud]):
         """
         if self.data is None:
             raise ValueError("domain.data is not set: give an .npz of shapes or a folder.")
-        return load_shapes(self.data)
+        shapes = load_shapes(self.data)
+        if self.views is not None:
+            shapes.take_views(self.views, self.scan)
+        return shapes
 
     def statistics(self) -> dict[str, Any]:
         if self._restored is not None:
             return dict(self._restored)
-        training = self.shapes.rows("train", self.validation)[:500]
-        std = float(np.mean([self.shapes[int(i)].std() for i in training]))
+        some = self._plain
+        std = float(np.mean([some[i].complete.std() for i in range(min(64, len(some)))]))
         sizes = {"points": self.points, "partial": self.scan.points}
-        return {"domain": self.name, **sizes, "mirror": self.mirror, "std": std}
+        own = {"mirror": self.mirror, "frame": self.frame, "drop": self.drop}
+        return {"domain": self.name, **sizes, **own, "std": std}
 
     def restore(self, statistics: Mapping[str, Any]) -> None:
         if statistics.get("domain") != self.name:
@@ -88,6 +123,8 @@ class Completion(Domain[Cloud]):
             raise ValueError(f"the checkpoint is of domain {found}, not {self.name}.")
         self._restored = dict(statistics)
         self.points, self.mirror = int(statistics["points"]), statistics["mirror"]
+        self.frame = statistics.get("frame", "data")
+        self.drop = float(statistics.get("drop", 0.0))
 
     @property
     def partial_points(self) -> int:
@@ -97,18 +134,29 @@ class Completion(Domain[Cloud]):
     # -- training -----------------------------------------------------------------------------
 
     def datasets(self) -> tuple[Dataset[Pair], Dataset[Pair]]:
-        training, held = (self.shapes.rows(part, self.validation) for part in ("train", "valid"))
-        return self._pairs(training, fresh=True), self._pairs(held, fresh=False)
+        made = self._pairs("train", fresh=True), self._pairs("valid", fresh=False)
+        for pairs in made:
+            pairs.points, pairs.drop = self.training_points or self.points, self.drop
+        return made
 
-    def _pairs(self, rows: np.ndarray, fresh: bool) -> Pairs:
-        augment = self.augment if fresh else None
-        return Pairs(self.shapes, rows, self.points, self.scan, self.mirror, augment, fresh)
+    def _pairs(self, part: str, fresh: bool) -> Pairs:
+        """The pairs of 'train', 'valid' or 'test'."""
+        others: dict[str, Any] = {
+            "mirror": self.mirror,
+            "augment": self.augment if fresh else None,
+            "fresh": fresh,
+            "own_frame": self.frame == "scan",
+        }
+        if self.data is not None and published.find(self.data, "train") is not None:
+            recorded = published.find(self.data, part) or published.find(self.data, "test")
+            assert recorded is not None
+            return RecordedPairs(recorded, self.points, self.scan, **others)
+        rows = self.shapes.rows(part, self.validation)
+        return Pairs(self.shapes, rows, self.points, self.scan, **others)
 
     def collate(self, records: Sequence[Pair]) -> Batch:
-        complete, partial = (
-            torch.from_numpy(np.stack(column)) for column in zip(*records, strict=True)
-        )
-        return Batch({"x": complete}, cond={"partial": partial})
+        complete = torch.from_numpy(np.stack([record.complete for record in records]))
+        return Batch({"x": complete}, cond=_condition(records))
 
     # -- completing ---------------------------------------------------------------------------
 
@@ -116,30 +164,106 @@ class Completion(Domain[Cloud]):
     def test(self) -> Pairs:
         """The pairs that are measured: one fixed scan of every shape of the test split, or of the
         validation shapes where there is no test split."""
-        rows = self.shapes.rows("test", self.validation)
-        rows = rows if len(rows) else self.shapes.rows("valid", self.validation)
-        return self._pairs(rows, fresh=False)
+        pairs = self._pairs("test", fresh=False)
+        return pairs if len(pairs) else self._pairs("valid", fresh=False)
+
+    def truth(self, index: int) -> Cloud:
+        """The complete cloud of test scan ``index`` (modulo their count), in its own frame."""
+        pair = self.test[index % len(self.test)]
+        return pair.frame.leave(pair.complete)
+
+    def training_pair(self, number: int) -> Pair:
+        """Pair ``number`` of the training shapes without changes, always the same."""
+        return self._plain.numbered(number)
+
+    @cached_property
+    def _plain(self) -> Pairs:
+        return self._pairs("train", fresh=False)
 
     def template(self, seed: int, indices: Sequence[int], **request: Any) -> Batch:
-        """``request``: ``scan``, a partial cloud [n, 3], or a file or folder of them, in the frame
-        of the data, of which sample i completes number i modulo their count (by default the test
-        scans); ``points``, of a completion."""
-        reject_unknown("completion, request", request, ("scan", "points"))
-        points = request.get("points", self.points)
+        """``request``:
+
+        - ``scan``: a partial cloud [n, 3], or a file or folder of them, of which sample i
+          completes number i modulo their count; 'none' (see ``drop``); by default the test scans;
+        - ``split``: 'train': the scans of :meth:`training_pair`;
+        - ``points``: of a completion;
+        - ``keep``: false: do not put points of the scan in place of generated ones.
+        """
+        reject_unknown("completion, request", request, ("scan", "split", "points", "keep"))
+        points, keep = request.get("points", self.points), request.get("keep", True)
         if not isinstance(points, int) or points < 1:
             raise ValueError(f"request.points={points}: give a whole number of at least 1.")
-        if request.get("scan") is None:
-            partial = [self.test[i % len(self.test)].partial for i in indices]
-        else:
-            scans = self._scans(request["scan"])
-            partial = [self.enter(scans[i % len(scans)], seed, i) for i in indices]
+        if not isinstance(keep, bool):
+            raise ValueError(f"request.keep={keep}: give true or false.")
         state = {"x": torch.zeros(len(indices), points, 3)}
-        return Batch(state, cond={"partial": torch.from_numpy(np.stack(partial))})
+        scan = request.get("scan")
+        if isinstance(scan, str) and scan == "none":
+            return Batch(state, cond=self._nothing(len(indices)))
+        if scan is None:
+            known = self._known(indices, request.get("split", "test"))
+        else:
+            known = self._given(scan, seed, indices)
+        cond = _condition([pair for pair, _ in known])
+        if keep:  # what takes the place of generated points
+            most = max(points, self.partial_points)
+            kept = [
+                resample(seen, most, stream(seed, i, "template", 1))
+                for i, (_, seen) in zip(indices, known, strict=True)
+            ]
+            cond["kept"] = torch.from_numpy(np.stack(kept))
+        return Batch(state, cond=cond)
 
-    def enter(self, scan: Cloud, seed: int, index: int) -> np.ndarray:
-        """A scan [any, 3] as a condition, resampled to the number of points in training."""
+    def _known(self, indices: Sequence[int], split: str) -> list[tuple[Pair, Cloud]]:
+        """Pairs of the data, and what is seen in each."""
+        if split not in ("test", "train"):
+            raise ValueError(f"request.split={split}: choose test or train.")
+        if split == "train":
+            pairs = [self.training_pair(i) for i in indices]
+        else:
+            pairs = [self.test[i % len(self.test)] for i in indices]
+        return [(pair, pair.partial[pair.partial[:, 3] > 0, :3]) for pair in pairs]
+
+    def _given(
+        self, path: str | Cloud, seed: int, indices: Sequence[int]
+    ) -> list[tuple[Pair, Cloud]]:
+        """Scans of the user, and all points of each."""
+        scans = self._scans(path)
+        chosen = [scans[i % len(scans)] for i in indices]
+        pairs = [self.enter(scan, seed, i) for scan, i in zip(chosen, indices, strict=True)]
+        return [(p, p.frame.enter(scan)) for p, scan in zip(pairs, chosen, strict=True)]
+
+    def enter(self, scan: Cloud, seed: int, index: int) -> Pair:
+        """A scan [any, 3] as a condition, resampled to the number of points in training, with
+        nothing known of the complete cloud."""
+        frame = Frame.of(scan) if self.frame == "scan" else Frame()
         generator = stream(seed, index, "template", 0)
-        return with_flags(resample(scan, self.partial_points, generator), self.mirror, generator)
+        thinned = resample(frame.enter(scan), self.partial_points, generator)
+        return Pair(np.zeros((0, 3)), with_flags(thinned, self.mirror, generator), frame)
+
+    def null_condition(self) -> dict[str, Tensor]:
+        if not self.drop:
+            return {}
+        half = 0 if self.mirror is None else self.partial_points // 2
+        return {"partial": torch.zeros(1, self.partial_points + half, 4)}
+
+    def _nothing(self, n: int) -> dict[str, Tensor]:
+        """The condition of ``n`` clouds without a scan."""
+        null = self.null_condition()
+        if not null:
+            raise ValueError("request.scan=none: the model was trained without domain.drop.")
+        frame = torch.tensor([[0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
+        return {"partial": null["partial"].expand(n, -1, -1).clone(), "frame": frame.expand(n, 4)}
+
+    def finish(self, state: State, batch: Batch) -> State:
+        """Points of the scan in place of those generated on what it shows
+        (:func:`pointdiff.merging.merge`), and back into its coordinates."""
+        rows = []
+        for row, x in enumerate(state["x"]):
+            if "kept" in batch.cond and x.isfinite().all():
+                x = merge(x, batch.cond["kept"][row])
+            place = batch.cond["frame"][row].to(torch.float64)
+            rows.append((x.to(torch.float64) * place[3] + place[:3]).to(x.dtype))
+        return {"x": torch.stack(rows)}
 
     def _scans(self, path: str | Cloud) -> list[Cloud]:
         if isinstance(path, np.ndarray):
@@ -179,9 +303,15 @@ class Completion(Domain[Cloud]):
             failed = sum(isinstance(item, Invalid) for item in items)
             if failed:
                 return {"valid": proportion(len(items) - failed, len(items))}
-            reference = [self.test[i % len(self.test)].complete for i in range(len(items))]
+            reference = [self.truth(i) for i in range(len(items))]
         return evaluate(items, reference)
 
     def view(self, items: Sequence[Cloud]) -> str:
         """The first clouds, to be turned with the mouse."""
         return gallery({f"cloud {i}": cloud for i, cloud in enumerate(items[:12])})
+
+
+def _condition(pairs: Sequence[Pair]) -> dict[str, Tensor]:
+    frames = [[*pair.frame.centre, pair.frame.scale] for pair in pairs]
+    partial = np.stack([pair.partial for pair in pairs])
+    return {"partial": torch.from_numpy(partial), "frame": torch.tensor(frames).double()}

@@ -4,16 +4,16 @@ name."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from pointdiff.pdr import network as paths
 from pointdiff.pdr.network import PARTIAL, Branch, DualPath, Transfer
+from pointdiff.transformer import LatentTransformer
 from shared.denoisers import Denoiser, Head, TimeCode
-from shared.losses import TimeSampler
-from shared.predictions import Condition
+from shared.losses import Native, NormalLogSNR, TimeSampler
+from shared.predictions import Condition, KarrasPreconditioned
 from shared.process import Process, State
 from shared.schedules import Schedule
 
@@ -21,17 +21,27 @@ if TYPE_CHECKING:
     from pointdiff.domain import Completion
 
 
+class Network(Protocol):
+    """What :class:`CompletionBackbone` makes a backbone of."""
+
+    def condition(self, partial: Tensor) -> Any:
+        """Features of partial clouds [batch, m, 4], which do not depend on time."""
+
+    def __call__(self, x: Tensor, features: Any, code: Tensor, label: Tensor | None) -> Tensor:
+        """Noisy points [batch, n, 3] -> [batch, n, 3]."""
+
+
 class CompletionBackbone(nn.Module):
-    """:class:`DualPath` as a backbone for the condition 'partial' [batch, m, 4] (and 'label').
+    """A network as a backbone for the condition 'partial' [batch, m, 4] (and 'label').
 
     Without gradients the features of a partial cloud are computed once and kept for as long as
     the same tensor comes again, that is for all steps of a sampler.
     """
 
-    def __init__(self, network: DualPath) -> None:
+    def __init__(self, network: DualPath | LatentTransformer) -> None:
         super().__init__()
-        self.network = network
-        self._kept: tuple[Tensor, tuple[int, ...], paths.Condition] | None = None
+        self.network: Network = network
+        self._kept: tuple[Tensor, tuple[int, ...], Any] | None = None
 
     def forward(
         self,
@@ -45,7 +55,7 @@ class CompletionBackbone(nn.Module):
         features = self._features(cond["partial"].to(inputs["x"].dtype), cond["partial"])
         return {"x": self.network(inputs["x"], features, code, cond.get("label"))}
 
-    def _features(self, partial: Tensor, key: Tensor) -> paths.Condition:
+    def _features(self, partial: Tensor, key: Tensor) -> Any:
         if torch.is_grad_enabled():
             self._kept = None
             return self.network.condition(partial)
@@ -86,3 +96,23 @@ def pdr(
     network = DualPath(above, below, Transfer(**(transfer or {})), whole, time)
     code = TimeCode("time", scale=1000.0, shift=-1.0)
     return Denoiser(CompletionBackbone(network), Process.single(schedule), head, code, times)
+
+
+def latents(
+    domain: Completion,
+    schedule: Schedule,
+    sigma_data: float = 0.5,
+    mean: float = 1.0,
+    std: float = 0.9,
+    **network: Any,
+) -> Denoiser:
+    """:class:`pointdiff.transformer.LatentTransformer` with EDM's preconditioning.
+
+    Args:
+        mean, std: of the log-SNR, log(alpha/sigma), in training.
+        network: arguments of the transformer.
+    """
+    head = Head(KarrasPreconditioned(sigma_data), Native())
+    backbone = CompletionBackbone(LatentTransformer(sigma_data=sigma_data, **network))
+    times = NormalLogSNR(mean, std, -2.0, 5.0)
+    return Denoiser(backbone, Process.single(schedule), head, TimeCode("log_snr"), times)

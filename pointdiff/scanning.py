@@ -136,9 +136,26 @@ class Scanner:
         if not (0 <= self.occlusion < 1 and 0 <= self.crop < 1):
             raise ValueError("scan.occlusion and scan.crop: give shares from 0 to below 1.")
 
-    def __call__(self, cloud: Cloud, seed: int, index: int, view: int | None = None) -> Cloud:
+    def visible(self, cloud: Cloud) -> np.ndarray:
+        """What each camera sees of ``cloud`` [n, 3]: packed bits, uint8 [views, ceil(n / 8)].
+        Scans are drawn from it at once, where finding the hidden points takes milliseconds."""
+        points = Frame.of(cloud).enter(cloud).astype(np.float64)
+        rows = np.zeros((self.views, len(cloud)), bool)
+        for row, camera in zip(rows, self.distance * cameras(self.views), strict=True):
+            row[HIDING[self.method](points, camera)] = True
+        return np.packbits(rows, axis=1)
+
+    def __call__(
+        self,
+        cloud: Cloud,
+        seed: int,
+        index: int,
+        view: int | None = None,
+        visible: np.ndarray | None = None,
+    ) -> Cloud:
         """Scan ``index`` of ``seed`` of a complete ``cloud`` [n, 3], in its coordinates:
-        float32 [points, 3]; ``view`` chooses the camera.
+        float32 [points, 3]; ``view`` chooses the camera, ``visible`` is the result of
+        :meth:`visible` where it is known.
 
         Raises:
             ValueError: no such view.
@@ -147,10 +164,14 @@ class Scanner:
             raise ValueError(f"scan.view={view}: there are views 0 to {self.views - 1}.")
         generator = stream(seed, index, "scan", 0)
         drawn = int(generator.integers(self.views))
-        camera = self.distance * cameras(self.views)[drawn if view is None else view]
+        view = drawn if view is None else view
+        camera = self.distance * cameras(self.views)[view]
         frame = Frame.of(cloud)
         points = frame.enter(cloud).astype(np.float64)
-        seen = points[HIDING[self.method](points, camera)]
+        if visible is None:
+            seen = points[HIDING[self.method](points, camera)]
+        else:
+            seen = points[np.unpackbits(visible[view], count=len(points)).astype(bool)]
         seen = self._obstructed(seen, camera, generator)
         seen = resample(seen, self.points, generator)
         sight = seen - camera

@@ -2,10 +2,12 @@ import numpy as np
 import pytest
 import torch
 
+import pointdiff
 from pointdiff import load
 from pointdiff.cli import PROGRAM
 from pointdiff.completion import Completer
 from pointdiff.files import read_one, write_one
+from pointdiff.ops import knn
 from shared import cli
 
 TINY = """
@@ -96,3 +98,70 @@ def test_the_command_writes_clouds_and_a_report(made, capsys):
     np.testing.assert_allclose(one, first, rtol=1e-5)
     assert run("complete", made / "none.ply", f"run={made / 'run'}") == 2
     assert "no such file" in capsys.readouterr().err
+
+
+REFINER = [word for word in TINY if not word.startswith(("model.time", "domain.points"))]
+
+
+def test_refinement_trains_on_completions_of_training_scans_and_multiplies_points(made, capsys):
+    data = f"domain.data={made / 'shapes.npz'}"
+    coarse = made / "coarse"
+    words = ("request.split=train", "n=7", "steps=2", "seed=0", f"out={coarse}")
+    assert run("sample", f"run={made / 'run'}", *words) == 0
+    words = (f"domain.coarse={coarse}", "domain.factor=4", f"out={made / 'refiner'}")
+    settings = [data, "domain.points=64", *words, *REFINER]
+    assert run("train", "experiment=completion_refine", *settings) == 0
+    scan = read_one(made / "scan.ply")
+    completer = load(made / "run", refine=made / "refiner")
+    cloud = completer.complete(scan, points=250, steps=2, seed=0)[0]
+    assert cloud.shape == (250, 3)
+    assert np.abs(cloud - 100).max() < 40
+    domain = completer.refiner.domain
+    pair, first = domain.datasets()[0][0]
+    assert pair.complete.shape == (256, 3)
+    np.testing.assert_allclose(
+        pair.frame.leave(first), read(made / "coarse/samples.npy")[0], atol=1e-5
+    )
+    with pytest.raises(ValueError, match="not of refinement"):
+        load(made / "run", refine=made / "run")
+    assert run("train", "experiment=completion_refine", data, f"domain.coarse={made}") == 2
+    assert "no samples with request.split=train" in capsys.readouterr().err
+    assert run("train", "experiment=completion_refine", data, f"out={made / 'none'}") == 2
+    assert "domain.coarse is not set" in capsys.readouterr().err
+
+
+def read(path):
+    return list(pointdiff.read(path))
+
+
+def test_without_scans_a_model_may_generate(made, capsys):
+    words = ("sample", f"run={made / 'run'}", "n=2", "steps=2", "seed=0", "request.scan=none")
+    assert run(*words, f"out={made / 'none'}") == 2
+    assert "trained without domain.drop" in capsys.readouterr().err
+    data = f"domain.data={made / 'shapes.npz'}"
+    train = ("train", "experiment=completion_small", data, "domain.drop=0.5")
+    assert run(*train, f"out={made / 'free'}", *TINY) == 0
+    words = ("sample", f"run={made / 'free'}", "n=2", "steps=2", "seed=0", "request.points=50")
+    assert run(*words, "request.scan=none", f"out={made / 'clouds'}") == 0
+    assert [cloud.shape for cloud in read(made / "clouds/samples.npy")] == [(50, 3)] * 2
+    guided = ("guidance=classifier_free", f"out={made / 'guided'}")
+    assert run(*words, *guided) == 0
+
+
+def test_guidance_by_the_scan_from_the_command_line(made):
+    words = (
+        "complete",
+        made / "scan.ply",
+        f"run={made / 'run'}",
+        "steps=4",
+        "seed=0",
+        "keep=false",
+    )
+    assert run(*words, f"out={made / 'plain.ply'}") == 0
+    assert run(*words, "guidance=scan", f"out={made / 'drawn.ply'}") == 0
+    scan = torch.from_numpy(read_one(made / "scan.ply"))[None]
+
+    def gap(name):
+        return float(knn(scan, torch.from_numpy(read_one(made / name))[None])[0].mean())
+
+    assert gap("drawn.ply") < 0.5 * gap("plain.ply")

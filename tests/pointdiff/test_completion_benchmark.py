@@ -24,11 +24,26 @@ def shapes(tmp_path):
 def test_the_baselines_are_in_the_table(shapes, monkeypatch, capsys):
     out = shapes.parent / "results"
     words = ["completion.py", "--data", str(shapes), "--points", "128", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "argv", [*words, "--pcn-seconds", "0.2", "--n", "2"])
+    monkeypatch.setattr(completion.pcn, "complete", lambda network, domain, scan: scan + 0.5)
     completion.main()
     result = json.loads((out / "completion.json").read_text())
-    rows = {row[0]: [float(cell) for cell in row[1:4]] for row in result["rows"]}
-    scan, copy = rows["the scan"], rows["nearest training shape"]
-    assert len(rows) == 3
-    assert copy[0] < scan[0]  # half of the object is missing from the scan
-    assert "| nearest training shape |" in capsys.readouterr().out
+    rows = {(row["completion"], row["kept"]): row for row in result["rows"]}
+    assert len(rows) == 7
+    assert all(row["n"] == 2 for row in rows.values())
+    chamfer = {key: row["chamfer_l2"]["value"] for key, row in rows.items()}
+    # half of the object is missing from the scan
+    assert chamfer["nearest training shape", False] < chamfer["the scan", False]
+    assert chamfer["encoder-decoder", False] > chamfer["the scan", False]
+    f1 = {key: row["f1"]["value"] for key, row in rows.items()}
+    assert f1["nearest training shape", True] > f1["nearest training shape", False]
+    assert "| nearest training shape | yes |" in capsys.readouterr().out
+
+
+def test_the_encoder_decoder_gives_clouds_in_the_coordinates_of_the_scan(shapes):
+    domain = completion.Completion(str(shapes), 128, completion.Scanner(points=128))
+    network = completion.pcn.train(domain, 1e-3)
+    scan = domain.shapes[0][:150] * 9 + 70
+    cloud = completion.pcn.complete(network, domain, scan)
+    assert cloud.shape == (2048, 3)
+    np.testing.assert_allclose(cloud.mean(0), 70, atol=10)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pointdiff.data import Augmentation, Pairs, Shapes, load_shapes
+from pointdiff.data import Augmentation, Pairs, Shapes, load_shapes, save_views
 from pointdiff.domain import Completion
 from pointdiff.files import write_one
 from pointdiff.models import pdr
@@ -49,6 +49,12 @@ def file(tmp_path_factory):
 
 @pytest.fixture
 def domain(file):
+    return Completion(str(file), points=64, scan=Scanner(points=32), validation=0.2, frame="data")
+
+
+@pytest.fixture
+def own(file):
+    """The same in the frame of the scan."""
     return Completion(str(file), points=64, scan=Scanner(points=32), validation=0.2)
 
 
@@ -89,7 +95,7 @@ def test_training_scans_vary_with_the_generator_and_validation_scans_do_not(doma
 
 def test_augmentation_moves_both_alike(file):
     shapes, rows = load_shapes(file), np.arange(3)
-    strong = Augmentation(scale=1.5, rotation=90, mirror=0.5, translation=0.3)
+    strong = Augmentation(scale=1.5, rotation=90, mirror=0.5, translation=0.3, turned=0.5)
     plain, changed = (
         Pairs(shapes, rows, 64, Scanner(points=32), None, augment) for augment in (None, strong)
     )
@@ -140,6 +146,48 @@ def test_templates_are_the_test_scans_or_those_of_a_file(domain, tmp_path):
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             domain.template(0, [0], **request)
+
+
+def test_by_default_all_is_in_the_frame_of_the_scan(own, domain):
+    pair, plain = own.test[1], domain.test[1]
+    scan = pair.partial[:, :3]
+    np.testing.assert_allclose(scan.min(0), -scan.max(0), atol=1e-6)
+    assert np.linalg.norm(scan, axis=1).max() == pytest.approx(1, rel=1e-5)
+    np.testing.assert_allclose(pair.frame.leave(scan), plain.partial[:, :3], atol=1e-6)
+    np.testing.assert_allclose(own.truth(1), plain.complete, atol=1e-6)
+
+
+def test_finished_samples_return_to_the_scan_with_its_points(own):
+    cloud = own.shapes[2] * 7 + 40
+    batch = own.template(0, [0, 1], scan=cloud)
+    other = own.template(0, [0, 1], scan=own.shapes[2] * 0.1, keep=False)
+    torch.testing.assert_close(batch.cond["partial"], other.cond["partial"], atol=1e-4, rtol=0)
+    state = {"x": torch.randn(2, 64, 3, generator=torch.Generator().manual_seed(0))}
+    state["x"][1] = 5.0  # nowhere near the scan
+    near, far = own.finish(state, batch)["x"]
+    whole = torch.from_numpy(cloud)[None]
+    distance = knn(near[None], whole)[0][0, :, 0]
+    assert 0 < (distance < 1e-6).sum() < 64
+    assert knn(far[None], whole)[0].min() > 1
+    plain = own.finish(state, other)["x"][0]
+    assert knn(plain[None], whole)[0].min() > 1e-6
+    with pytest.raises(ValueError, match="request.keep=3"):
+        own.template(0, [0], keep=3)
+
+
+def test_views_that_were_found_before_change_nothing(own, file, tmp_path):
+    save_views(tmp_path / "views.npz", own.shapes, own.scan)
+    quick = Completion(
+        str(file), points=64, scan=own.scan, validation=0.2, views=str(tmp_path / "views.npz")
+    )
+    for index in range(3):
+        for a, b in zip(own.test[index][:2], quick.test[index][:2], strict=True):
+            np.testing.assert_array_equal(a, b)
+    other = Scanner(points=32, distance=2.0)
+    with pytest.raises(ValueError, match="another scanner"):
+        Completion(str(file), scan=other, views=str(tmp_path / "views.npz")).shapes  # noqa: B018
+    with pytest.raises(ValueError, match="something else"):
+        load_shapes(file).take_views(file, other)
 
 
 def test_constants_travel(domain):

@@ -1,0 +1,85 @@
+"""The baseline without diffusion: an encoder and a decoder like PCN (Yuan et al. 2018).
+
+A PointNet in two stages makes a vector of the scan, fully connected layers make coarse points of
+it, and a folding network places a small grid around each. Trained by Chamfer distances.
+"""
+
+from __future__ import annotations
+
+import time
+from itertools import count
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pointdiff.domain import Completion
+from pointdiff.metrics import chamfer
+from pointdiff.pdr.layers import GlobalFeature
+from shared.randomness import stream
+
+
+class EncoderDecoder(nn.Module):
+    """A scan [b, m, 4] -> coarse points [b, coarse, 3] and all points [b, coarse * grid^2, 3]."""
+
+    def __init__(
+        self, coarse: int = 512, grid: int = 2, width: int = 512, spread: float = 0.05
+    ) -> None:
+        super().__init__()
+        self.encoder = GlobalFeature((4, 64, 128), (256, width))
+        self.decoder = nn.Sequential(
+            nn.Linear(width, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(),
+            nn.Linear(512, 3 * coarse),
+        )  # fmt: skip
+        self.place = nn.Linear(5, 128)
+        self.whole = nn.Linear(width, 128)
+        self.fold = nn.Sequential(nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 3))
+        side = torch.linspace(-spread, spread, grid)
+        self.register_buffer("grid", torch.cartesian_prod(side, side))
+
+    def forward(self, partial: Tensor) -> tuple[Tensor, Tensor]:
+        vector = self.encoder(partial.transpose(1, 2))
+        coarse = self.decoder(vector).unflatten(-1, (-1, 3))
+        centres = coarse[:, :, None].expand(-1, -1, len(self.grid), -1)
+        spots = self.grid.expand(*centres.shape[:3], 2)
+        moved = self.place(torch.cat([centres, spots], -1)) + self.whole(vector)[:, None, None]
+        return coarse, (centres + self.fold(moved)).flatten(1, 2)
+
+
+def train(domain: Completion, seconds: float, seed: int = 0, batch: int = 16) -> EncoderDecoder:
+    """Train for so many seconds of processor time; the rate falls over the last 40 %."""
+    with torch.random.fork_rng():
+        torch.default_generator.manual_seed(seed)
+        network = EncoderDecoder()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    pairs, begun = domain.datasets()[0], time.process_time()
+    for step in count():
+        done = (time.process_time() - begun) / seconds
+        if done >= 1:
+            return network.eval()
+        own = stream(seed, step, "pcn", 0)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(own.integers(2**62)))
+            records = [pairs[int(i)] for i in own.integers(len(pairs), size=batch)]
+        found = domain.collate(records)
+        coarse, fine = network(found.cond["partial"])
+        chosen = torch.from_numpy(own.permutation(fine.shape[1])[: domain.points])
+        truth = found.state["x"]
+        # the published weight of the fine cloud rises during training
+        loss = chamfer(coarse, truth, "l1_half") + min(1.0, 0.1 + 2 * done) * chamfer(
+            fine[:, chosen], truth, "l1_half"
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1.0, (1 - done) / 0.4)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+    raise AssertionError
+
+
+@torch.no_grad()
+def complete(network: EncoderDecoder, domain: Completion, scan: np.ndarray) -> np.ndarray:
+    """The complete cloud [2048, 3] of a scan [n, 3], in its coordinates."""
+    pair = domain.enter(scan, 0, 0)
+    _, fine = network(torch.from_numpy(pair.partial)[None])
+    return pair.frame.leave(fine[0].numpy())
