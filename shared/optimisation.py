@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-SHAPES = ("constant", "linear", "cosine")
+SHAPES = ("constant", "linear", "cosine", "exponential")
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,14 @@ class OptimizerSettings:
 @dataclass(frozen=True)
 class LearningRate:
     """Linear warm-up over the first ``warmup`` steps; constant, linear or cosine after it, down
-    to ``floor`` (a fraction) over the last ``decay`` (a fraction) of all steps."""
+    to ``floor`` (a fraction) over the last ``decay`` (a fraction) of all steps; or exponential:
+    halved every ``half_life`` steps, however many there are."""
 
     shape: str = "constant"
     warmup: int = 0
     decay: float = 1.0
     floor: float = 0.0
+    half_life: float | None = None
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
@@ -71,12 +73,19 @@ class LearningRate:
             raise ValueError(
                 "trainer.learning_rate: needs 0 < decay <= 1, 0 <= floor <= 1, warmup >= 0."
             )
+        if (self.shape == "exponential") != bool(self.half_life and self.half_life > 0):
+            raise ValueError(
+                "trainer.learning_rate: half_life, a number of steps, goes with "
+                f"shape=exponential; given shape={self.shape}, half_life={self.half_life}."
+            )
 
     def factor(self, step: int, max_steps: int) -> float:
         """What the rate is multiplied by in step 0, 1, ..., ``max_steps`` - 1."""
         rise = min(1.0, (step + 1) / (self.warmup + 1))
         if self.shape == "constant":
             return rise
+        if self.half_life:
+            return rise * max(self.floor, 0.5 ** (max(0, step - self.warmup) / self.half_life))
         begin = max(float(self.warmup), (1.0 - self.decay) * max_steps)
         u = min(1.0, max(0.0, (step - begin) / max(1.0, max_steps - begin)))
         left = 1.0 - u if self.shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * u))

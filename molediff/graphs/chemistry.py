@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import cache, cached_property
+from importlib.util import find_spec
+from typing import Any
 
 import networkx as nx
 import numpy as np
 
-from molediff.graphs.metrics import nspdk_mmd
+from molediff.graphs.metrics import nspdk_mean, nspdk_mmd
+from molediff.graphs.nspdk import Features
 from molediff.molecules import Molecule
 from shared.domains import Invalid
 from shared.metrics import Estimate, proportion
@@ -42,10 +46,31 @@ def canonical(molecules: Iterable[Molecule]) -> list[str | None]:
     return out
 
 
+class Reference:
+    """Molecules to compare with; what a metric needs of them is computed once."""
+
+    def __init__(self, molecules: Iterable[Molecule]) -> None:
+        self.molecules = list(molecules)
+
+    @cached_property
+    def nspdk(self) -> Features:
+        """Mean feature vector of the neighbourhood subgraph pairwise distance kernel."""
+        return nspdk_mean(labelled(molecule.aromatised()) for molecule in self.molecules)
+
+    @cached_property
+    def smiles(self) -> list[str]:
+        return [s for s in canonical(self.molecules) if s]
+
+    @cached_property
+    def activations(self) -> Any:
+        """Mean and covariance of ChemNet's activations."""
+        return _chemnet().precalc(self.smiles)
+
+
 def molecule_metrics(
     items: Sequence[Molecule | Invalid],
-    reference: Sequence[Molecule] | None = None,
-    training: Sequence[Molecule] | None = None,
+    reference: Sequence[Molecule] | Reference | None = None,
+    training: Sequence[Molecule] | Reference | None = None,
     frechet: bool = True,
 ) -> dict[str, Estimate]:
     """Metrics of the published tables.
@@ -67,26 +92,32 @@ def molecule_metrics(
         )
     out["unique"] = proportion(len(known), len(good))
     if training is not None:
-        seen = set(canonical(training))
-        out["novel"] = proportion(len(known - seen), len(known))
-    if reference and good:
-        graphs = [labelled(molecule.aromatised()) for molecule, _ in good]
-        goal = [labelled(molecule.aromatised()) for molecule in reference]
-        out["nspdk"] = nspdk_mmd(goal, graphs)
+        out["novel"] = proportion(len(known - set(_reference(training).smiles)), len(known))
+    if reference is not None and good:
+        goal = _reference(reference)
+        out["nspdk"] = nspdk_mmd(goal.nspdk, [labelled(m.aromatised()) for m, _ in good])
         if frechet:
-            out.update(_fcd([s for _, s in good], [s for s in canonical(reference) if s]))
+            out.update(_fcd([s for _, s in good], goal))
     return out
 
 
-def _fcd(made: Sequence[str], reference: Sequence[str]) -> dict[str, Estimate]:
+def _reference(molecules: Sequence[Molecule] | Reference) -> Reference:
+    return molecules if isinstance(molecules, Reference) else Reference(molecules)
+
+
+@cache
+def _chemnet() -> Any:
+    from fcd_torch import FCD
+
+    return FCD(device="cpu", n_jobs=1)
+
+
+def _fcd(made: Sequence[str], reference: Reference) -> dict[str, Estimate]:
     """Frechet ChemNet distance (Preuer et al. 2018), where fcd_torch is installed. Its bias
     falls with the number of molecules: compare equal numbers only."""
-    try:
-        from fcd_torch import FCD
-    except ImportError:
+    if find_spec("fcd_torch") is None or min(len(made), len(reference.smiles)) < 2:
         return {}
-    model = FCD(device="cpu", n_jobs=1)
-    value = float(model(gen=list(made), ref=list(reference)))
+    value = float(_chemnet()(gen=list(made), pref=reference.activations))
     if not np.isfinite(value):
         value = math.nan
     return {"fcd": Estimate(value, len(made), math.nan, math.nan)}

@@ -6,6 +6,7 @@
 | .graphml | one or more graphs |
 | .g6 | graph6, one graph per line; grows by appending |
 | .pkl | a list of networkx graphs, read without running code |
+| .edges, .cites, .graph | one network: a list of edges, or Planetoid's dictionary of neighbours |
 | a folder | raw files of a TU data set (NAME_A.txt, ...), or files of the formats above |
 
 A graph that a model cannot hold becomes an ``Invalid`` with its place and the reason.
@@ -145,10 +146,24 @@ def _read_graph6(path: Path) -> Iterator[nx.Graph | str]:
 
 def _read_pickle(path: Path) -> Iterator[nx.Graph]:
     content = read_pickle(path)
+    if isinstance(content, dict) and not isinstance(content, Placeholder):
+        lists = {node: list(others) for node, others in content.items()}
+        yield _simple(nx.from_dict_of_lists(lists))  # a network of Planetoid
+        return
     for graph in content if isinstance(content, list | tuple) else [content]:
         if not isinstance(graph, Placeholder):
             raise ValueError(f"{path}: not a list of networkx graphs.")
         yield _from_state(type(graph).__name__, graph.state)
+
+
+def _read_edges(path: Path) -> Iterator[nx.Graph]:
+    yield _simple(nx.read_edgelist(path, comments="#"))
+
+
+def _simple(graph: nx.Graph) -> nx.Graph:
+    """Citation networks cite themselves here and there."""
+    graph.remove_edges_from(list(nx.selfloop_edges(graph)))
+    return graph
 
 
 def _from_state(kind: str, state: dict[Any, Any]) -> nx.Graph:
@@ -168,6 +183,9 @@ _READERS: dict[str, Callable[[Path], Iterator[nx.Graph | str]]] = {
     ".graphml": _read_graphml,
     ".g6": _read_graph6,
     ".pkl": _read_pickle,
+    ".graph": _read_pickle,
+    ".edges": _read_edges,
+    ".cites": _read_edges,
 }
 
 

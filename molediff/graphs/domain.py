@@ -12,7 +12,7 @@ from torch import Tensor
 
 from molediff.graphs.data import read_graphs, write_graphs
 from molediff.graphs.decode import decode_graph
-from molediff.graphs.generators import GENERATORS, generate
+from molediff.graphs.generators import GENERATORS, ego_graphs, generate
 from molediff.graphs.metrics import VALID, graph_mmds, valid_unique_novel
 from molediff.graphs.pairs import PairDomain, Record
 from shared.configuration import reject_unknown
@@ -29,6 +29,8 @@ class GraphDomain(PairDomain[nx.Graph]):
             (see :mod:`molediff.graphs.data`).
         features: width of the one-hot degree; None: largest degree of the data plus 1.
         connected: refuse graphs of several components.
+        ego: the data are one network, and the graphs the neighbourhoods of its nodes up to this
+            distance (see :func:`molediff.graphs.generators.ego_graphs`).
         n, seed: how many graphs to generate, and from which seed.
         valid: 'planar' or 'sbm' adds validity, uniqueness and novelty to the metrics.
     """
@@ -43,6 +45,7 @@ class GraphDomain(PairDomain[nx.Graph]):
         test: float = 0.2,
         validation: float = 0.0,
         connected: bool = True,
+        ego: int | None = None,
         n: int | None = None,
         seed: int = 0,
         valid: str | None = None,
@@ -51,12 +54,19 @@ class GraphDomain(PairDomain[nx.Graph]):
         if valid is not None:
             reject_unknown("graphs, valid", [valid], VALID)
         self._features, self.connected, self.n, self.seed = features, connected, n, seed
-        self.valid = valid
+        self.valid, self.ego = valid, ego
 
     def load(self) -> list[nx.Graph | Invalid]:
         if self.data in GENERATORS:
             return list(generate(str(self.data), self.n, self.seed))
-        return list(read_graphs(str(self.data), self.connected))
+        if self.ego is None:
+            return list(read_graphs(str(self.data), self.connected))
+        found = list(read_graphs(str(self.data), connected=False))
+        networks = [graph for graph in found if not isinstance(graph, Invalid)]
+        if not networks:
+            raise ValueError(f"graphs: {self.data} holds no network ({found[0]}).")
+        most = {} if self._nodes is None else {"high": self._nodes}
+        return list(ego_graphs(networks[0], self.ego, **most))
 
     @property
     def features(self) -> int:

@@ -9,7 +9,7 @@ the differences between published models.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -135,13 +135,14 @@ def _jackknifed(constant: float, within: np.ndarray, across: np.ndarray) -> Esti
     return Estimate(float(value), n, float(value) - half, float(value) + half)
 
 
-def nspdk_mmd(reference: Sequence[nx.Graph], made: Sequence[nx.Graph]) -> Estimate:
+def nspdk_mmd(reference: Sequence[nx.Graph] | Features, made: Sequence[nx.Graph]) -> Estimate:
     """The squared discrepancy under the neighbourhood subgraph pairwise distance kernel, of
-    labelled graphs (see :func:`molediff.graphs.nspdk.features`)."""
+    labelled graphs (see :func:`molediff.graphs.nspdk.features`); ``reference``: graphs, or their
+    :func:`nspdk_mean`."""
     made = [graph for graph in made if len(graph)]
-    if not reference or not made:
+    goal = reference if isinstance(reference, dict) else nspdk_mean(reference)
+    if not goal or not made:
         return Estimate(math.nan, len(made), math.nan, math.nan)
-    goal = _mean([nspdk_features(graph) for graph in reference])
     vectors = [nspdk_features(graph) for graph in made]
     mean = _mean(vectors)
     value = sum((mean.get(k, 0.0) - goal.get(k, 0.0)) ** 2 for k in {*mean, *goal})
@@ -153,6 +154,11 @@ def nspdk_mmd(reference: Sequence[nx.Graph], made: Sequence[nx.Graph]) -> Estima
     n = len(vectors)
     half = 1.96 * float(np.std(slopes)) / math.sqrt(n)
     return Estimate(value, n, value - half, value + half)
+
+
+def nspdk_mean(graphs: Iterable[nx.Graph]) -> Features:
+    """The mean feature vector of labelled graphs."""
+    return _mean([nspdk_features(graph) for graph in graphs])
 
 
 def _mean(vectors: Sequence[Features]) -> Features:

@@ -17,10 +17,11 @@ from shared.schedules import Schedule, VarianceExploding
 
 
 class GraphData(Protocol):
-    """What a model needs to know about its data. ``features``: width of a node;
-    ``second_moments``: mean square of the entries of each field."""
+    """What a model needs to know about its data. ``features``: width of a node; ``sizes``: number
+    of nodes -> number of graphs; ``second_moments``: mean square of the entries of each field."""
 
     features: int
+    sizes: Mapping[int, int]
     second_moments: Mapping[str, float]
 
 
@@ -59,6 +60,14 @@ def graph_process(
     )
 
 
+def loss_weights(domain: GraphData) -> dict[str, float]:
+    """Half the entries of the nodes, and the pairs, of a graph of mean size."""
+    total = max(sum(domain.sizes.values()), 1)
+    nodes = sum(n * count for n, count in domain.sizes.items()) / total
+    pairs = sum(n * (n - 1) / 2 * count for n, count in domain.sizes.items()) / total
+    return {"nodes": 0.5 * nodes * domain.features or 1.0, "edges": pairs or 1.0}
+
+
 def graph_denoiser(
     domain: GraphData,
     schedule: Schedule,
@@ -71,7 +80,7 @@ def graph_denoiser(
     linears: int = 2,
     heads: int = 4,
     node_attention: bool = False,
-    edge_weight: float = 1.0,
+    summed_loss: bool = True,
     prior: float | None = None,
     times: TimeSampler | None = None,
 ) -> Denoiser:
@@ -81,7 +90,8 @@ def graph_denoiser(
         domain: gives the width of a node and the second moments of the data.
         schedule: of the nodes; ``edges``: of the edges, the same if not given.
         node_depth, ..., node_attention: see :meth:`GraphScoreNetwork.build`.
-        edge_weight: weight of the loss of the edges beside that of the nodes.
+        summed_loss: losses of the published size, half the sum of squared errors of the arrays of
+            a graph of mean size (it matters beside weight decay and clipping); else their means.
         prior: standard deviation of the sampler's start; None: matched to the data at t_max.
 
     Raises:
@@ -105,8 +115,9 @@ def graph_denoiser(
         "edges": prior_std(edges, moments["edges"]),
     }
     process = graph_process(schedule, edges, matched if prior is None else prior)
+    weights = loss_weights(domain) if summed_loss else {"nodes": 1.0, "edges": 1.0}
     heads_of = {
-        "nodes": Head(parameterisation(schedule)),
-        "edges": Head(parameterisation(edges), weight=edge_weight),
+        "nodes": Head(parameterisation(schedule), weight=weights["nodes"]),
+        "edges": Head(parameterisation(edges), weight=weights["edges"]),
     }
     return Denoiser(network, process, heads_of, times=times)

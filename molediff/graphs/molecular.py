@@ -4,23 +4,29 @@ orders 0 to 3 of the kekulised molecule."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from rdkit import Chem
+from rdkit.Chem import Descriptors
 from rdkit.Chem.Draw import rdMolDraw2D
 from torch import Tensor
 
 from molediff import files
-from molediff.graphs.chemistry import molecule_metrics
-from molediff.graphs.decode import decode_molecule
+from molediff.graphs.chemistry import Reference, molecule_metrics
+from molediff.graphs.decode import decode_molecule, with_coordinates
 from molediff.graphs.pairs import PairDomain, Record
 from molediff.molecules import AROMATIC, Molecule, atomic_number
+from shared.configuration import ConfigurationError, nearest
 from shared.domains import Invalid
 from shared.metrics import Estimate
 from shared.process import State
+
+_DESCRIPTORS: dict[str, Callable[[Chem.Mol], float]] = dict(Descriptors.descList)
 
 
 class MolecularGraphDomain(PairDomain[Molecule]):
@@ -32,6 +38,13 @@ class MolecularGraphDomain(PairDomain[Molecule]):
         test_indices: a JSON list of rows (from 0) that are the test set, as GDSS ships them;
             in place of ``test``.
         most: use the first so many records only.
+        properties: what a property model learns: numbers of the table, or descriptors of RDKit
+            by their names there (qed, MolLogP, TPSA, ...).
+        dimensions: of coordinates in files that hold some (.sdf): 2 a drawing, 3 a conformer with
+            hydrogens.
+
+    Raises:
+        ValueError: dimensions other than 2 and 3.
     """
 
     name: ClassVar[str] = "molecular_graphs"
@@ -45,8 +58,13 @@ class MolecularGraphDomain(PairDomain[Molecule]):
         validation: float = 0.0,
         test_indices: str | None = None,
         most: int | None = None,
+        properties: Sequence[str] = (),
+        dimensions: int = 2,
     ) -> None:
         super().__init__(data, nodes, test, validation)
+        if dimensions not in (2, 3):
+            raise ValueError(f"{self.name}: dimensions={dimensions}; choose 2 or 3.")
+        self.properties, self.dimensions = tuple(properties), dimensions
         self.elements = tuple(elements)
         self._numbers = [atomic_number(symbol) for symbol in elements]
         self.test_indices, self.most = test_indices, most
@@ -104,7 +122,8 @@ class MolecularGraphDomain(PairDomain[Molecule]):
         bonds, orders = np.asarray(plain.bonds), np.asarray(plain.orders)
         kept = heavy[bonds].all(1)
         place = np.cumsum(heavy) - 1
-        return Record(types, place[bonds[kept]].reshape(-1, 2), orders[kept])
+        values = np.array([_value(item, name) for name in self.properties])
+        return Record(types, place[bonds[kept]].reshape(-1, 2), orders[kept], values)
 
     def decode(self, state: State, mask: Tensor | None) -> list[Molecule | Invalid]:
         """Molecules with the property 'valid_without_correction' (0 or 1)."""
@@ -128,6 +147,13 @@ class MolecularGraphDomain(PairDomain[Molecule]):
         return files.read(path)
 
     def write(self, path: Path, items: Iterable[Molecule]) -> None:
+        """Append to a file of SMILES or, with coordinates made for it, of structures.
+
+        Raises:
+            ValueError: an unknown format, or a molecule without a conformer.
+        """
+        if ".smi" not in path.suffixes and ".csv" not in path.suffixes:
+            items = (with_coordinates(item, self.dimensions) for item in items)
         files.write(path, items)
 
     def metrics(
@@ -135,15 +161,41 @@ class MolecularGraphDomain(PairDomain[Molecule]):
     ) -> dict[str, Estimate]:
         """See :func:`molediff.graphs.chemistry.molecule_metrics`; ``reference`` is the test set,
         novelty is judged by the training set."""
-        training = None
-        if self.data is not None:
-            training = self.training_items
-            reference = self.test_items if reference is None else reference
-        return molecule_metrics(items, reference, training)
+        if self.data is None:
+            return molecule_metrics(items, reference)
+        goal = self._comparison if reference is None else reference
+        return molecule_metrics(items, goal, self._known)
+
+    @cached_property
+    def _comparison(self) -> Reference | None:
+        return Reference(self.test_items) if self.test_items else None
+
+    @cached_property
+    def _known(self) -> Reference:
+        return Reference(self.training_items)
 
     def view(self, items: Sequence[Molecule]) -> str:
         """Structural formulas as SVG."""
         return "".join(_formula(molecule) for molecule in items[:24])
+
+
+def _value(molecule: Molecule, name: str) -> float:
+    """A number that came with the molecule, or a descriptor of RDKit; NaN where there is none.
+
+    Raises:
+        ConfigurationError: neither has that name.
+    """
+    if name in molecule.properties:
+        try:
+            return float(molecule.properties[name])
+        except (TypeError, ValueError):
+            return math.nan
+    if name not in _DESCRIPTORS:
+        raise ConfigurationError(
+            f"domain.properties: no column and no descriptor '{name}'"
+            f"{nearest(name, [*molecule.properties, *_DESCRIPTORS])}"
+        )
+    return float(_DESCRIPTORS[name](molecule.to_rdkit()))
 
 
 def _indices(path: Path) -> list[int]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from shared.configuration import reject_unknown
@@ -26,11 +27,13 @@ Item = TypeVar("Item")
 @dataclass(frozen=True)
 class Record:
     """One graph as integers. ``types`` [n]: index of a node's feature; ``pairs`` [e, 2] and
-    ``orders`` [e]: edges and their values."""
+    ``orders`` [e]: edges and their values; ``values`` [k]: properties in their units, NaN where
+    unknown."""
 
     types: np.ndarray
     pairs: np.ndarray
     orders: np.ndarray
+    values: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
 class Records(Dataset[Record]):
@@ -58,6 +61,11 @@ class PairDomain(Domain[Item]):
     Raises:
         ValueError: shares outside [0, 1), or data without any usable graph.
     """
+
+    solver: ClassVar[str] = "s4"
+    grid: ClassVar[str] = "gdss"
+    properties: tuple[str, ...] = ()
+    """What a property model of these graphs predicts."""
 
     def __init__(
         self, data: str | None, nodes: int | None, test: float, validation: float
@@ -147,8 +155,26 @@ class PairDomain(Domain[Item]):
         squares = sum(2.0 * float(np.square(r.orders).sum()) for r in self._training_records)
         return {"nodes": nodes / (nodes * self.features), "edges": squares / max(pairs, 1)}
 
+    @cached_property
+    def property_statistics(self) -> dict[str, dict[str, float]]:
+        """Property -> mean, mean absolute deviation, min and max over the training graphs."""
+        if self._restored is not None:
+            return dict(self._restored.get("properties", {}))
+        values = [r.values for r in self._training_records] if self.properties else []
+        found = {}
+        for name, column in zip(self.properties, np.array(values).T, strict=True):
+            known = column[~np.isnan(column)]
+            if not len(known):
+                raise ValueError(f"domain.properties: '{name}' is unknown for every graph.")
+            mad = float(np.abs(known - known.mean()).mean())
+            found[name] = {"mean": float(known.mean()), "mad": mad or 1.0,
+                           "min": float(known.min()), "max": float(known.max())}  # fmt: skip
+        return found
+
     def statistics(self) -> dict[str, Any]:
+        more = {"properties": self.property_statistics} if self.properties else {}
         return {
+            **more,
             "domain": self.name,
             "nodes": self.nodes,
             "features": self.features,
@@ -162,6 +188,7 @@ class PairDomain(Domain[Item]):
                 f"the checkpoint is of domain {statistics.get('domain')}, not {self.name}."
             )
         self._restored = dict(statistics)
+        self.properties = tuple(statistics.get("properties", ()))
 
     def datasets(self) -> tuple[Dataset[Any], Dataset[Any]]:
         records = self._training_records
@@ -177,7 +204,16 @@ class PairDomain(Domain[Item]):
             value = torch.from_numpy(r.orders).to(edges.dtype)
             edges[k, i, j] = value
             edges[k, j, i] = value
-        return batch
+        if not self.properties:
+            return batch
+        values = torch.from_numpy(np.stack([r.values for r in records]))
+        return Batch(batch.state, batch.mask, {"context": self._standardised(values)})
+
+    def _standardised(self, values: Tensor) -> Tensor:
+        """Properties [b, k] -> (value - mean) / mean absolute deviation, float32."""
+        rows = [self.property_statistics[name] for name in self.properties]
+        mean, mad = (torch.tensor([row[key] for row in rows]) for key in ("mean", "mad"))
+        return ((values - mean) / mad).float()
 
     def _empty(self, sizes: Sequence[int]) -> Batch:
         n = self.nodes

@@ -151,7 +151,7 @@ def test_train_one_step_and_sample(table, kind: str) -> None:
     if kind == "molecules":
         domain = MolecularGraphDomain(str(table), nodes=9, test=0.0)
     torch.manual_seed(0)
-    denoiser = graph_denoiser(domain, VPLinear(0.1, 1.0, 1e-5), None, 2, 2, 8, 8, edge_weight=2.0)
+    denoiser = graph_denoiser(domain, VPLinear(0.1, 1.0, 1e-5), None, 2, 2, 8, 8)
     batch = domain.collate(domain.datasets()[0].records)
     noise = denoiser.process.noise(
         {k: torch.randn_like(v) for k, v in batch.state.items()}, batch.mask

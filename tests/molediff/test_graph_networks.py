@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,8 @@ CONFIGURATIONS = {
 
 
 def plain_network():
-    spec = importlib.util.spec_from_file_location(
-        "graphs_bench", ROOT / "benchmarks" / "graphs.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.PlainNetwork
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    return importlib.import_module("graphs_speed").PlainNetwork
 
 
 def small(name: str) -> GraphScoreNetwork:

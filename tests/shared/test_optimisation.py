@@ -115,6 +115,9 @@ def test_learning_rate_shapes():
     assert [wave.factor(s, 110) for s in (10, 35, 60, 110)] == pytest.approx(
         [1.0, (2 + 2**0.5) / 4, 0.5, 0.0]
     )
+    fall = LearningRate("exponential", warmup=4, half_life=10.0, floor=0.2)
+    steps = (0, 4, 14, 24, 99)
+    assert [fall.factor(s, 100) for s in steps] == pytest.approx([0.2, 1.0, 0.5, 0.25, 0.2])
 
 
 @pytest.mark.parametrize(
@@ -122,6 +125,8 @@ def test_learning_rate_shapes():
     [
         (lambda: LearningRate("cosin"), "'cosin' is not one of constant, linear, cosine"),
         (lambda: LearningRate("linear", decay=0.0), "0 < decay"),
+        (lambda: LearningRate("exponential"), "half_life=None"),
+        (lambda: LearningRate("cosine", half_life=9.0), "shape=cosine, half_life=9"),
         (lambda: OptimizerSettings("sgdd"), "'sgdd' is not one of adam, adamw"),
         (lambda: OptimizerSettings(lr=0.0), "lr must be positive"),
     ],

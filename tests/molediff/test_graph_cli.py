@@ -1,0 +1,113 @@
+"""Graphs from the command line: train, sample, convert, evaluate, guide."""
+
+from __future__ import annotations
+
+import json
+
+import networkx as nx
+import pytest
+import torch
+from test_graph_convert import zinc
+
+from molediff.cli import PROGRAM
+from molediff.graphs.data import write_graphs
+from shared import cli
+from shared.models import load
+
+TINY = (
+    "trainer.max_steps=3", "trainer.batch_size=4", "trainer.progress=false",
+    "trainer.accelerator=cpu", "seed=0",
+)  # fmt: skip
+NETWORK = ("model.node_depth=2", "model.edge_depth=2", "model.hidden=8", "model.attention=8")
+SMILES = ("CCO", "C1CC1", "CC(=O)C", "CN", "C#N", "CCF", "OCCO", "CCC", "CNC", "c1ccccc1")
+
+
+@pytest.fixture
+def command(capsys):
+    def run(*words) -> tuple[int, str, str]:
+        status = cli.main(PROGRAM, [str(word) for word in words])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def table(tmp_path):
+    path = tmp_path / "molecules.csv"
+    path.write_text("smiles\n" + "\n".join(SMILES * 3) + "\n")
+    return path
+
+
+def test_graphs_from_training_to_metrics(command, tmp_path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    words = ("train", "experiment=gdss_community_small", "domain.n=20", f"out={run}")
+    status, _, err = command(*words, *TINY, *NETWORK)
+    assert status == 0, err
+    model = load(run)
+    assert model.denoiser.process.fields["edges"].prior_std != 1.0  # corrected for new models
+    status, said, err = command("sample", f"run={run}", "n=5", "steps=4", "seed=1", f"out={out}")
+    assert status == 0, err
+    assert "4 denoiser calls" in said
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["solver"]["_target_"] == "shared.solvers.SymmetricSplitting"
+    assert settings["grid"]["t_end"] == 0.01
+    reference = tmp_path / "reference.g6"
+    write_graphs(reference, [nx.path_graph(n) for n in (4, 5, 6)])
+    status, said, err = command("evaluate", out, f"reference={reference}")
+    assert status == 0, err
+    assert {"degree", "clustering", "orbit", "spectrum"} <= {
+        x.partition(":")[0] for x in said.splitlines()
+    }
+    dense = tmp_path / "dense"
+    words = ("sample", f"run={run}", "n=5", "steps=6", "seed=1", "solver=dpmpp_2m")
+    status, _, err = command(
+        *words, "guidance=graph_density", "guidance.target=0.9", f"out={dense}"
+    )
+    assert status == 0, err
+
+
+def test_molecules_and_a_property(command, table, tmp_path) -> None:
+    run, qed, out = tmp_path / "run", tmp_path / "qed", tmp_path / "out"
+    words = (f"domain.data={table}", *TINY)
+    status, _, err = command("train", "experiment=gdss_qm9", f"out={run}", *words, *NETWORK)
+    assert status == 0, err
+    status, _, err = command("train", "experiment=gdss_qm9_qed", f"out={qed}", *words)
+    assert status == 0, err
+    words = ("sample", f"run={run}", "n=4", "steps=4", "seed=0", f"out={out}")
+    guide = ("guidance=graph_property", f"guidance.run={qed}")
+    status, _, err = command(*words, *guide, "guidance.target=0.9")
+    assert status == 0, err
+    assert command("evaluate", out)[0] == 0
+    status, _, err = command(*words[:-1], *guide, "guidance.property=logp")
+    assert (status, "guidance.property=logp" in err) == (2, True)
+    status, _, err = command(*words[:-1], "guidance=graph_property", f"guidance.run={run}")
+    assert (status, "model=gdss_property" in err) == (2, True)
+
+
+def test_a_converted_model_samples_as_published(command, tmp_path) -> None:
+    file, run, out = tmp_path / "mine.pth", tmp_path / "run", tmp_path / "out"
+    content = zinc()
+    for key in ("x_state_dict", "adj_state_dict"):
+        content[key] = {name: 0.05 * value for name, value in content[key].items()}
+    torch.save(content, file)
+    status, said, _ = command("convert", file, f"out={run}")
+    assert status == 0
+    assert "sizes=DATA" in said
+    words = ("sample", f"run={run}", "n=2", "seed=0")
+    status, _, err = command(*words, f"out={out}", "steps=6")
+    assert status == 0, err
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["solver"]["corrector"] == {
+        "_target_": "shared.solvers.Langevin", "snr": 0.2, "steps": 1, "noise_scale": 0.8,
+        "rule": "batch",
+    }  # fmt: skip
+    assert settings["grid"] == {"_target_": "shared.solvers.ScoreSDETimes", "eps": 1e-4}
+    assert load(run).checkpoint.config["steps"] == 2000
+    for solver in ("dpmpp_2m", "s4", "unipc"):
+        status, _, err = command(*words, f"solver={solver}", "steps=4", f"out={tmp_path / solver}")
+        assert status == 0, err
+    table = tmp_path / "table.smi"
+    table.write_text("CCO\nCCCO\n")
+    status, said, _ = command("convert", file, f"out={tmp_path / 'sized'}", f"sizes={table}")
+    assert status == 0
+    assert load(tmp_path / "sized").domain.sizes == {3: 1, 4: 1}
