@@ -131,3 +131,10 @@ class Domain(ABC, Generic[Item]):
     @abstractmethod
     def view(self, items: Sequence[Item]) -> str:
         """An HTML fragment that shows the items; must work offline."""
+
+    def compare(
+        self, items: Sequence[Item | Invalid], reference: Sequence[Item] | None = None
+    ) -> str:
+        """As :meth:`view`, of judged items beside what they are compared with, where a domain
+        has something to show there."""
+        return self.view([item for item in items if not isinstance(item, Invalid)])

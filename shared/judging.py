@@ -44,7 +44,8 @@ def evaluate(config: DictConfig, program: Program, progress: Progress | None = N
         "metrics": {name: estimate.as_json() for name, estimate in metrics.items()},
     }
     write_atomically(folder / "metrics.json", (json.dumps(content, indent=1) + "\n").encode())
-    file = _report_of_items(folder / "report.html", domain, items, metrics, settings, path)
+    shown = domain.compare(items, reference)
+    file = _report_of_items(folder / "report.html", domain, items, metrics, settings, path, shown)
     lines = [f"{name}: {estimate}" for name, estimate in metrics.items()]
     return Outcome([*lines, f"report: {file}"], file)
 
@@ -144,6 +145,7 @@ def _report_of_items(
     metrics: Mapping[str, Estimate],
     settings: Mapping[str, Any],
     path: Path,
+    pictures: str | None = None,
 ) -> Path:
     good = [item for item in items if not isinstance(item, Invalid)]
     reasons = Counter(item.reason for item in items if isinstance(item, Invalid))
@@ -158,7 +160,7 @@ def _report_of_items(
     shown = {k: v for k, v in settings.items() if k not in ("statistics", "result")}
     sections = [
         Section("Metrics", reports.metrics(metrics)),
-        Section("Samples", domain.view(good)),
+        Section("Samples", domain.view(good) if pictures is None else pictures),
         Section("Failures", reports.failures(reasons, len(items))),
         Section(
             "Settings", reports.code(OmegaConf.to_yaml(OmegaConf.create(shown))) if shown else ""
