@@ -58,7 +58,7 @@ class Completer:
             raise ValueError(f"frame={frame!r}: choose {' or '.join(FRAMES)}.")
         cloud = check(scan, "scan")
         place = Frame.of(cloud) if frame == "own" else Frame()
-        factor = 1 if self.refiner is None else self.refiner.domain.factor
+        factor = 1 if self.refiner is None else refinement.factor(self.refiner)
         size = {} if points is None else {"points": -(-points // factor)}
         items = self.model.sample(
             samples, steps=steps, seed=seed, scan=place.enter(cloud), keep=keep, **size, **settings

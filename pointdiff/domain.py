@@ -310,6 +310,24 @@ class Completion(Domain[Cloud]):
         """The first clouds, to be turned with the mouse."""
         return gallery({f"cloud {i}": cloud for i, cloud in enumerate(items[:12])})
 
+    def compare(
+        self, items: Sequence[Cloud | Invalid], reference: Sequence[Cloud] | None = None
+    ) -> str:
+        """The first clouds, each beside the scan (where it is known) and the truth."""
+        shown: dict[str, Cloud] = {}
+        for i, item in enumerate(items[:6]):
+            if isinstance(item, Invalid):
+                continue
+            if reference is None:
+                pair = self.test[i % len(self.test)]
+                seen = pair.partial[pair.partial[:, 3] > 0, :3]
+                shown |= {f"scan {i}": pair.frame.leave(seen), f"completion {i}": item}
+                shown[f"truth {i}"] = pair.frame.leave(pair.complete)
+            else:
+                shown |= {f"completion {i}": item, f"truth {i}": reference[i % len(reference)]}
+        return gallery(shown, 3 if reference is None else 2)
+
+
 
 def _condition(pairs: Sequence[Pair]) -> dict[str, Tensor]:
     frames = [[*pair.frame.centre, pair.frame.scale] for pair in pairs]

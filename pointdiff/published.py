@@ -15,7 +15,7 @@ anew for every evaluation). Their clouds lie in a cube from -0.5 to 0.5 and are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,7 +58,7 @@ class Mvp:
     """The arrays of MVP: ``scans`` (file, key), ``complete`` resolution -> (file, key) of each."""
 
     def __init__(
-        self, scans: Sequence[tuple[Path, str]], complete: dict[int, Sequence[tuple[Path, str]]]
+        self, scans: Sequence[tuple[Path, str]], complete: Mapping[int, Sequence[tuple[Path, str]]]
     ) -> None:
         self.scans, self.complete = scans, complete
         lengths = [len(_rows(*place)) for place in scans]
@@ -127,8 +127,7 @@ def find(folder: str | Path, part: str) -> Recorded | None:
 def _mvp(root: Path, part: str) -> Mvp | None:
     whole = root / f"MVP_{part.capitalize()}_CP.h5"
     if whole.exists():
-        complete = {2048: [(whole, "complete_pcds")]}
-        return Mvp([(whole, "incomplete_pcds")], complete)
+        return Mvp([(whole, "incomplete_pcds")], {2048: [(whole, "complete_pcds")]})
     scans = root / f"mvp_{part}_input.h5"
     if not scans.exists():
         return None

@@ -155,6 +155,12 @@ def load(run: str | Path, checkpoint: str | None = None) -> models.Model[Cloud]:
     return model
 
 
+def factor(model: models.Model[Cloud]) -> int:
+    """How many points it makes of one."""
+    assert isinstance(model.domain, Refining)
+    return model.domain.factor
+
+
 @torch.no_grad()
 def refine(model: models.Model[Cloud], cloud: Cloud, scan: Cloud, seed: int = 0) -> Cloud:
     """A completion [n, 3] of ``scan`` [m, 3], refined to [factor n, 3]."""

@@ -89,7 +89,8 @@ class Layer(nn.Module):
     ) -> Tensor:
         h = self.before(x, embedding)
         x = x + self.attention(h, h if others is None else torch.cat([h, others], 1))
-        return x + self.network(self.between(x, embedding))
+        out: Tensor = x + self.network(self.between(x, embedding))
+        return out
 
 
 class ScanEncoder(nn.Module):

@@ -216,6 +216,12 @@ def test_truth_is_perfect_and_failures_are_counted(domain, tmp_path):
     domain.write(tmp_path / "a.npy", truth[2:])
     for a, b in zip(domain.read(tmp_path / "a.npy"), truth, strict=True):
         np.testing.assert_array_equal(a, b)
+    page = domain.compare(truth)
+    assert all(title in page for title in ("scan 4", "completion 4", "truth 4"))
+    page = domain.compare([bad, *truth], [truth[0]])
+    assert "truth 5" in page
+    assert "completion 0" not in page
+    assert "scan 1" not in page
     page = domain.view(truth)
     assert "cloud 4" in page
     assert "scatter3d" in page
