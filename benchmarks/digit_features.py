@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.nn import functional as F
 
 from shared.images.domain import Images
@@ -49,7 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     network, accuracy = train(args.steps, args.seed)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(network.state_dict(), args.out)
+    args.out.write_bytes(save(network.state_dict()))
     print(f"{args.out}: accuracy on 180 held-out digits {accuracy:.3f}, seed {args.seed}")
 
 

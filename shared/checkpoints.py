@@ -36,6 +36,7 @@ FORMAT = 1
 MANIFEST = "checkpoint.json"
 SUFFIXES = {"weights": ".safetensors", "ema": ".safetensors", "training": ".pt"}
 GAMMA = "gamma.json"  # the optimal reverse variance of these weights (shared.variance)
+HEAD = "head.safetensors"  # the same per element (shared.heads)
 PACKAGES = ("molediff", "torch", "lightning", "numpy", "safetensors", "rdkit", "torch-geometric")
 PICKLED = ("pt", "pth", "ckpt", "pkl", "pickle", "bin", "npy", "t7")
 
@@ -170,7 +171,7 @@ def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[st
 def _sweep(folder: Path, keep: set[str]) -> None:
     """Remove what older or interrupted saves left, and what was derived from older weights."""
     for file in folder.iterdir():
-        ours = file.name.startswith((*(f"{kind}-" for kind in SUFFIXES), GAMMA))
+        ours = file.name.startswith((*(f"{kind}-" for kind in SUFFIXES), GAMMA, HEAD))
         if (ours and file.name not in keep) or (
             file.name.startswith(".") and file.name.endswith(".tmp")
         ):

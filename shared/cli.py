@@ -37,12 +37,15 @@ class Verb:
             -> :class:`Outcome`.
         bare: whether a word that is not ``key=value`` is the ``path``.
         examples: what may follow it.
+        words: 'module:function' that turns the words after the verb into ``key=value`` words, for
+            a verb with a grammar of its own.
     """
 
     help: str
     action: str
     bare: bool = False
     examples: tuple[str, ...] = ()
+    words: str | None = None
 
     def __call__(self, config: DictConfig, program: Program, progress: Progress) -> Outcome:
         outcome: Outcome = find(self.action)(config, program, progress)
@@ -77,7 +80,12 @@ VERBS = {
     "variance": Verb(
         "estimate the optimal reverse variance of a model, for solver=analytic_ddpm",
         "shared.verbs:variance",
-        examples=("run=runs/mine",),
+        examples=("run=runs/mine", "run=runs/mine kind=npr updates=2000"),
+    ),
+    "distill": Verb(
+        "make a model of few steps out of one of many, guided or not",
+        "shared.distillation:distill",
+        examples=("run=runs/mine steps=4 first=32 out=runs/four",),
     ),
     "convert": Verb(
         "turn the checkpoint of another program into a run folder",
@@ -206,6 +214,8 @@ def _dispatch(program: Program, arguments: list[str]) -> int:
         return 0
     sweep = any(word in ("-m", "--multirun") for word in rest)
     words = [word for word in rest if word not in ("-m", "--multirun")]
+    if verbs[name].words is not None:
+        words = find(verbs[name].words or "")(words)
     given = overrides(name, words, bare=verbs[name].bare, quote=not sweep)
     if sweep:
         return _sweep(program, name, given)

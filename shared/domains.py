@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from shared.metrics import Estimate
@@ -100,6 +100,16 @@ class Domain(ABC, Generic[Item]):
         before they are decoded: a domain whose samples depend on a condition may bring them back
         into its coordinates here. All tensors are on the CPU."""
         return state
+
+    def variance_head(self) -> nn.Module:
+        """An untrained network of a variance head (:class:`shared.variance.VarianceHead`).
+
+        Raises:
+            ValueError: the domain has none.
+        """
+        raise ValueError(
+            f"domain {self.name} has no variance head; use the variance on average (kind=gamma)."
+        )
 
     @abstractmethod
     def decode(self, state: State, mask: Tensor | None) -> list[Item | Invalid]:

@@ -15,12 +15,14 @@ from shared import checkpoints
 from shared.configuration import ConfigurationError, build, choose, option
 from shared.denoisers import Denoiser
 from shared.domains import Domain, Invalid, Item
+from shared.heads import with_head
 from shared.predictions import Denoise
 from shared.runs import Run
 from shared.sampling import Memory, Summary
 from shared.sampling import sample as run_sampling
 from shared.solvers.base import Solver
 from shared.solvers.grids import Grid
+from shared.variance import VarianceHead
 
 STEPS = 50
 """Denoiser calls per sample where nothing else is said."""
@@ -80,16 +82,15 @@ class Model(Generic[Item]):
         place = find_device(device)
         seed = secrets.randbelow(2**31) if seed is None else seed
         memory = Memory()
-        named = {"solver": _named("solver", solver), "grid": _named("grid", grid), "steps": steps}
-        chosen = settled(named, self.domain, self.checkpoint)
+        method, times, calls = self.chosen(solver, grid, steps)
         summary = run_sampling(
-            denoise or self.denoiser.to(place),
+            denoise or self.prepared(method, place),
             self.denoiser.process,
             self.domain,
             n,
-            find_choice(chosen["solver"], self.domain, self.checkpoint),
-            chosen["steps"],
-            find_choice(chosen["grid"], self.domain, self.checkpoint),
+            method,
+            calls,
+            times,
             seed,
             request=request,
             batch=batch,
@@ -97,6 +98,23 @@ class Model(Generic[Item]):
             sink=memory,
         )
         return Generated([memory.items[i] for i in range(n)], seed, summary)
+
+    def chosen(
+        self, solver: str | Solver, grid: str | Grid, steps: int | None
+    ) -> tuple[Solver, Grid, int]:
+        """Solver, grid and number of steps for names, 'auto' and None; see :func:`settled`."""
+        named = {"solver": _named("solver", solver), "grid": _named("grid", grid), "steps": steps}
+        found = settled(named, self.domain, self.checkpoint)
+        method, times = (
+            find_choice(found[group], self.domain, self.checkpoint) for group in ("solver", "grid")
+        )
+        return method, times, found["steps"]
+
+    def prepared(
+        self, solver: Solver, device: torch.device | str = "cpu"
+    ) -> Denoiser | VarianceHead:
+        """The denoiser on ``device``, with its variance head where ``solver`` needs one."""
+        return with_head(solver, self.checkpoint.path, self.denoiser.to(device), self.domain)
 
 
 def _named(group: str, choice: Any) -> Any:
@@ -182,7 +200,9 @@ def find_device(name: str) -> torch.device:
         raise ConfigurationError(f"device={name}: give auto, cpu or cuda.") from error
 
 
-def guided(config: Mapping[str, Any], denoiser: Denoiser, domain: Domain[Any]) -> Denoise:
+def guided(
+    config: Mapping[str, Any], denoiser: Denoiser | VarianceHead, domain: Domain[Any]
+) -> Denoise:
     """The denoiser under the guidance that an option of group ``guidance`` describes.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -167,6 +167,42 @@ def clipping(rule: float | str | None) -> Clipping:
     if isinstance(rule, str):
         raise ValueError(f"trainer.clip: '{rule}' is neither a number, nor 'queue', nor null.")
     return ConstantClipping(math.inf if rule is None else float(rule))
+
+
+# -- a loop -----------------------------------------------------------------------------------
+
+
+def minimise(
+    loss: Callable[[int], Tensor],
+    parameters: Iterable[nn.Parameter],
+    updates: int,
+    lr: float,
+    clip: float = 1.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[float]:
+    """``updates`` steps of Adam on ``loss(number)``, with a rate that falls linearly from ``lr``
+    to zero; the losses. For what takes minutes and is not resumed.
+
+    Raises:
+        FloatingPointError: a loss that is not finite; names its number.
+    """
+    own = [p for p in parameters if p.requires_grad]
+    optimizer, clipped = torch.optim.Adam(own, lr=lr), ConstantClipping(clip)
+    losses = []
+    for number in range(updates):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1.0 - number / updates)
+        value = loss(number)
+        losses.append(float(value.detach()))
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"the loss of update {number} is not finite; lower lr={lr}.")
+        optimizer.zero_grad()
+        value.backward()  # type: ignore[no-untyped-call]
+        clipped([p.grad for p in own if p.grad is not None])
+        optimizer.step()
+        if progress is not None:
+            progress(number + 1, updates)
+    return losses
 
 
 # -- moving averages --------------------------------------------------------------------------

@@ -25,8 +25,9 @@ from shared.cli import Converter, Outcome, Program, Progress, find
 from shared.configuration import ConfigurationError, build, option, plain
 from shared.denoisers import Denoiser
 from shared.domains import Batch, Domain
+from shared.heads import new_head, save_head, train_head
 from shared.judging import evaluate, report
-from shared.models import find_choice, find_device, guided, load, settled
+from shared.models import Model, find_choice, find_device, guided, load, settled
 from shared.runs import Run
 from shared.sample_folders import Folder
 from shared.sampling import Memory
@@ -123,14 +124,15 @@ def sample(config: DictConfig, program: Program, progress: Progress | None = Non
     }
     device = find_device(config.device)
     process = model.denoiser.process
-    denoise = guided(config.guidance, model.denoiser.to(device), model.domain)
+    solver = find_choice(chosen["solver"], model.domain, model.checkpoint)
+    denoise = guided(config.guidance, model.prepared(solver, device), model.domain)
     sink = Folder(folder, model.domain, settings)
     summary = run_sampling(
         denoise,
         process,
         model.domain,
         config.n,
-        find_choice(chosen["solver"], model.domain, model.checkpoint),
+        solver,
         chosen["steps"],
         find_choice(chosen["grid"], model.domain, model.checkpoint),
         seed,
@@ -149,28 +151,35 @@ def sample(config: DictConfig, program: Program, progress: Progress | None = Non
 
 
 def _sample_folder(config: DictConfig, run: Run) -> tuple[Path, int]:
-    """Where samples go, and their seed: the one given, that of the samples there, or a new one."""
-    seed = config.seed
+    """Where samples go, and their seed."""
     if config.out is not None:
-        settings = Path(config.out) / "settings.json"
-        if seed is None and settings.exists():
-            seed = json.loads(settings.read_text(encoding="utf-8")).get("seed")
-        return Path(config.out), secrets.randbelow(2**31) if seed is None else seed
-    seed = secrets.randbelow(2**31) if seed is None else seed
+        return Path(config.out), seed_of(Path(config.out), config.seed)
+    seed = secrets.randbelow(2**31) if config.seed is None else config.seed
     own = (run.folder / "config.yaml").exists()  # a run folder, not a shipped model
     folder = run.samples if own else Path("samples") / run.folder.name
     return folder / f"seed-{seed}-{_now()}", seed
+
+
+def seed_of(folder: Path, seed: int | None) -> int:
+    """``seed``, else that of the samples in ``folder``, else a new one."""
+    settings = folder / "settings.json"
+    if seed is None and settings.exists():
+        seed = json.loads(settings.read_text(encoding="utf-8")).get("seed")
+    return secrets.randbelow(2**31) if seed is None else seed
 
 
 # -- variance ---------------------------------------------------------------------------------
 
 
 def variance(config: DictConfig, program: Program, progress: Progress | None = None) -> Outcome:
-    """Estimate Gamma (Analytic-DPM) over training data at the times of a grid, and write it
-    beside the weights, where ``solver=analytic_ddpm`` and ``grid=least_cost`` look for it."""
+    """Estimate Gamma (Analytic-DPM) over training data at the times of a grid, or train a variance
+    head, and write it beside the weights, where ``solver=analytic_ddpm``, ``grid=least_cost`` and
+    ``solver=ddpm_head`` look for it."""
     model = load(config.run, config.checkpoint)
     program.check_domain(model.checkpoint.config["domain"])
     process, device = model.denoiser.process, find_device(config.device)
+    if config.kind != "gamma":
+        return _head(config, model, device, progress)
     grid = find_choice(config.grid, model.domain, model.checkpoint)
     times = [t for t in grid(process.lead, config.steps) if float(process.lead.sigma(t)) > 0.0]
     records = model.domain.datasets()[0]
@@ -189,6 +198,21 @@ def variance(config: DictConfig, program: Program, progress: Progress | None = N
     folder.mkdir(parents=True, exist_ok=True)
     save_gamma(file := folder / GAMMA, gammas)
     return Outcome((f"Gamma at {len(times)} times: {file}",), file)
+
+
+def _head(
+    config: DictConfig, model: Model[Any], device: torch.device, progress: Progress | None
+) -> Outcome:
+    """Train a variance head."""
+    head = new_head(model.denoiser.to(device), model.domain, config.kind, config.seed)
+    records = model.domain.datasets()[0]
+    batches = Batches(model.domain, head.process, records, config.batch, config.seed)
+    losses = train_head(head, batches, config.updates, config.lr, progress)
+    folder = Path(config.out or model.checkpoint.path)
+    folder.mkdir(parents=True, exist_ok=True)
+    last = losses[-max(1, len(losses) // 10) :]
+    file = save_head(folder, head)
+    return Outcome((f"head ({config.kind}, loss {sum(last) / len(last):.4g}): {file}",), file)
 
 
 # -- convert ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from shared.configuration import reject_unknown
@@ -144,6 +144,13 @@ class Images(Domain[Picture]):
 
     def null_condition(self) -> dict[str, Tensor]:
         return {"label": torch.tensor([self.classes])} if self.classes else {}
+
+    def variance_head(self) -> nn.Module:
+        from shared.images.networks import VarianceNetwork  # it imports this module
+
+        channels, height, width = self.shape
+        even = height % 2 == 0 and width % 2 == 0
+        return VarianceNetwork(channels, (16, 32) if even else (16,), self.classes)
 
     # -- samples ------------------------------------------------------------------------------
 

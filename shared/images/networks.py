@@ -56,6 +56,7 @@ class UNet(nn.Module):
         channels: of the image. widths: channels per level, finest first.
         blocks: residual blocks per level. classes: number of classes, 0 without condition; the
             label ``classes``, or no condition at all, means 'any class'.
+        dropout: in the blocks. outputs: channels of the output, those of the image unless given.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class UNet(nn.Module):
         blocks: int = 1,
         classes: int = 0,
         dropout: float = 0.0,
+        outputs: int | None = None,
     ) -> None:
         super().__init__()
         self.classes, embedding = classes, 4 * widths[0]
@@ -85,7 +87,7 @@ class UNet(nn.Module):
                 self.up.append(Block(entering, width, embedding, dropout))
                 now = width
         self.blocks, self.levels = blocks, len(widths)
-        self.leave = nn.Conv2d(now, channels, 3, padding=1)
+        self.leave = nn.Conv2d(now, outputs or channels, 3, padding=1)
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
 
@@ -118,6 +120,26 @@ class UNet(nn.Module):
         if cond is not None and "label" in cond:
             label = cond["label"]
         return time + self.label(label)
+
+
+class VarianceNetwork(nn.Module):
+    """The network of a variance head for images: a small U-Net over what the frozen network saw
+    and what it gave (the published heads see its last features instead)."""
+
+    def __init__(self, channels: int, widths: Sequence[int], classes: int = 0) -> None:
+        super().__init__()
+        self.network = UNet(2 * channels, widths, classes=classes, outputs=channels)
+
+    def forward(
+        self,
+        inputs: State,
+        outputs: State,
+        code: Tensor,
+        mask: Tensor | None,
+        cond: Condition | None,
+    ) -> State:
+        both = torch.cat([inputs["x"], outputs["x"]], dim=1)
+        return self.network({"x": both}, code, mask, cond)
 
 
 def image_denoiser(

@@ -79,8 +79,8 @@ def coverage(points: np.ndarray, support: np.ndarray, k: int = 3) -> Estimate:
         # the nearest of a point in its own set is itself
         [np.partition(d, k, axis=1)[:, k] for d in _distances(support, support)]
     )
-    inside = [bool(hit) for d in _distances(points, support) for hit in (d <= radius).any(1)]
-    return proportion(sum(inside), len(inside))
+    inside = [np.any(d <= radius, axis=1) for d in _distances(points, support)]
+    return proportion(int(np.concatenate(inside).sum()), len(points))
 
 
 def _distances(a: np.ndarray, b: np.ndarray, rows: int = 1024) -> list[np.ndarray]:

@@ -6,6 +6,7 @@ from shared.solvers.adaptive import DPMSolverAdaptive as DPMSolverAdaptive
 from shared.solvers.ancestral import DDIM as DDIM
 from shared.solvers.ancestral import DDPM as DDPM
 from shared.solvers.ancestral import DDIMInversion as DDIMInversion
+from shared.solvers.consistency import Consistency as Consistency
 from shared.solvers.deis import DEIS as DEIS
 from shared.solvers.dpm_solver import DPMSolverMultistep as DPMSolverMultistep
 from shared.solvers.dpm_solver import DPMSolverSDE as DPMSolverSDE
