@@ -58,6 +58,23 @@ PROGRAM = Program(
     converters=published.CONVERTERS,
     reader="molediff.published:read",
     more={
+        "design": Verb(
+            "molecules with wanted properties, ranked and judged; again: only what is missing",
+            "molediff.design.run:design_verb",
+            examples=(
+                "gap=5.0 n=64",
+                "'gap>7' mu=2.0..3.0 n=200 out=run1",
+                "homo=-6.2eV composition='N<=1 F=0' scaffold=frag.sdf:0-5",
+                "lumo=min score='qed>0.5; lacks:[N+](=O)[O-]'",
+            ),
+            words="molediff.design.wishes:as_overrides",
+        ),
+        "export": Verb(
+            "write samples in another format; molecules known as graphs get coordinates",
+            "molediff.export:export",
+            bare=True,
+            examples=("samples to=new.sdf dimensions=3", "graphs to=graphs.graphml"),
+        ),
         "data prepare": Verb(
             "turn raw molecules (QM9, SDF, XYZ, SMILES, CSV) into a data set for training",
             "molediff.cli:prepare_data",

@@ -24,8 +24,8 @@ from shared.sample_folders import read_manifest
 def evaluate(config: DictConfig, program: Program, progress: Progress | None = None) -> Outcome:
     """Judge the items of a file or of a sample folder; writes metrics.json and report.html."""
     path = Path(config.path)
-    settings = _settings(path)
-    domain = _domain(config, settings, program)
+    settings = settings_of(path)
+    domain = domain_of(config, settings, program)
     items = read_items(domain, path)
     if not items:
         raise ConfigurationError(f"{path} holds nothing to evaluate.")
@@ -50,17 +50,17 @@ def evaluate(config: DictConfig, program: Program, progress: Progress | None = N
     return Outcome([*lines, f"report: {file}"], file)
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def settings_of(path: Path) -> dict[str, Any]:
     """What a sample folder says about itself; nothing for other paths."""
     file = path / "settings.json" if path.is_dir() else path.parent / "settings.json"
-    inside = path.is_dir() or path.name.startswith("samples.")
+    inside = path.is_dir() or path.name.partition(".")[0] in STEMS
     if not inside or not file.exists():
         return {}
     content = json.loads(file.read_text(encoding="utf-8"))
     return content if isinstance(content, dict) else {}
 
 
-def _domain(config: Any, settings: Mapping[str, Any], program: Program) -> Domain[Any]:
+def domain_of(config: Any, settings: Mapping[str, Any], program: Program) -> Domain[Any]:
     """The domain given, that of the sample folder, or the program's first."""
     if config.get("domain"):
         chosen = config.domain
@@ -96,8 +96,8 @@ def report(config: DictConfig, program: Program, progress: Progress | None = Non
     """A report of a run folder (loss curves, its samples) or of a sample folder."""
     path = Path(config.path)
     if (path / "settings.json").exists():
-        settings = _settings(path)
-        domain = _domain(config, settings, program)
+        settings = settings_of(path)
+        domain = domain_of(config, settings, program)
         items = read_items(domain, path)
         metrics = domain.metrics(items) if items else {}
         file = Path(config.out or path) / "report.html"
@@ -127,7 +127,7 @@ def _sampled(run: Run) -> list[list[Any]]:
     """One row per folder of samples inside the run."""
     rows = []
     for file in sorted(run.samples.glob("*/settings.json")):
-        settings = _settings(file.parent)
+        settings = settings_of(file.parent)
         result = settings.get("result", {})
         counts = [result.get(key, "?") for key in ("nfe", "ok", "invalid", "failed")]
         rows.append([file.parent.name, settings.get("n"), settings.get("seed"), *counts])

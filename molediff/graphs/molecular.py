@@ -147,14 +147,18 @@ class MolecularGraphDomain(PairDomain[Molecule]):
         return files.read(path)
 
     def write(self, path: Path, items: Iterable[Molecule]) -> None:
-        """Append to a file of SMILES or, with coordinates made for it, of structures.
-
-        Raises:
-            ValueError: an unknown format, or a molecule without a conformer.
-        """
-        if ".smi" not in path.suffixes and ".csv" not in path.suffixes:
-            items = (with_coordinates(item, self.dimensions) for item in items)
+        """Append to a file of SMILES or, with coordinates made for it, of structures. Where no
+        conformer is found the file has a drawing, and says so in a property."""
+        if not any(part in (".smi", ".smiles", ".csv", ".tsv") for part in path.suffixes):
+            items = (self._placed(item) for item in items)
         files.write(path, items)
+
+    def _placed(self, item: Molecule) -> Molecule:
+        try:
+            return with_coordinates(item, self.dimensions)
+        except ValueError as error:
+            flat = with_coordinates(item, 2)
+            return flat.replace(properties={**flat.properties, "coordinates": str(error)})
 
     def metrics(
         self, items: Sequence[Molecule | Invalid], reference: Sequence[Molecule] | None = None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 
 import networkx as nx
+import numpy as np
 import pytest
 import torch
 from test_graph_convert import zinc
 
 from molediff.cli import PROGRAM
-from molediff.graphs.data import write_graphs
+from molediff.files import read
+from molediff.graphs.data import read_graphs, write_graphs
 from shared import cli
 from shared.models import load
 
@@ -111,3 +113,28 @@ def test_a_converted_model_samples_as_published(command, tmp_path) -> None:
     status, said, _ = command("convert", file, f"out={tmp_path / 'sized'}", f"sizes={table}")
     assert status == 0
     assert load(tmp_path / "sized").domain.sizes == {3: 1, 4: 1}
+
+
+def test_exports_with_coordinates(command, tmp_path) -> None:
+    samples = tmp_path / "made.csv"
+    samples.write_text("smiles\nCCO\nc1ccccc1O\n")
+    for dimensions, atoms in ((2, 3), (3, 9)):
+        target = tmp_path / f"made{dimensions}.sdf"
+        status, said, err = command(
+            "export", samples, f"to={target}", f"dimensions={dimensions}",
+            "domain=molecular_graphs",
+        )  # fmt: skip
+        assert (status, said) == (0, f"2 items: {target}\n"), err
+        first = next(iter(read(target)))
+        assert len(first.atomic_numbers) == atoms
+        flat = bool((first.positions[:, 2] == 0.0).all())
+        assert flat == (dimensions == 2)
+        assert np.ptp(first.positions) > 1.0
+    write_graphs(tmp_path / "graphs.g6", [nx.path_graph(4), nx.cycle_graph(5)])
+    words = ("export", tmp_path / "graphs.g6", f"to={tmp_path / 'graphs.graphml'}")
+    assert command(*words, "domain=graphs")[0] == 0
+    assert [len(g) for g in read_graphs(tmp_path / "graphs.graphml")] == [4, 5]
+    status, _, err = command(*words, "domain=graphs")
+    assert (status, "exists already" in err) == (2, True)
+    status, _, err = command(*words[:2], "to=x.graphml", "domain=graphs", "dimensions=3")
+    assert (status, "dimensions=3" in err) == (2, True)
