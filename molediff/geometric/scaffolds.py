@@ -20,7 +20,7 @@ needs many hundred denoiser calls.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +33,10 @@ from molediff.geometric.fragments import Fragment
 from molediff.molecules import SYMBOLS
 from shared.configuration import ConfigurationError
 from shared.domains import Batch
-from shared.guidance import Energy, Inpainting, Known, RePaint, Term, prior_spread
+from shared.guidance import Energy, Inpainting, Known, RePaint, Term
 from shared.guidance.energies import Time
 from shared.predictions import Condition
-from shared.process import Process, State
+from shared.process import Process, Scale, State
 from shared.solvers.base import Solver
 from shared.solvers.plan import After, Denoise, Draw, Project
 
@@ -108,11 +108,13 @@ class Scaffolded(Molecules):
     def terms(self, process: Process, scale: float = 1.0) -> list[Term]:
         """What :class:`shared.guidance.Guided` needs for the new atoms to follow the fragment:
         a gradient through the denoiser, which makes a call two to three times as long."""
-        stds = {"positions": self.position_std, "types": self.scale * len(self.elements) ** -0.5}
-        return [
-            Term(Agreement(process, {n: v}, stds.get(n, self.charge_scale)), scale, at="estimate")
-            for n, v in self.known_state().items()
-        ]
+        spreads = {
+            "positions": Spread(self.position_std, settled=0.3, least=0.3),
+            "types": Spread(self.scale * len(self.elements) ** -0.5, settled=0.5, least=0.1),
+            "charges": Spread(self.charge_scale),
+        }
+        energy = Agreement(process, self.known_state(), spreads)
+        return [Term(energy, scale, at="estimate")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,29 +157,46 @@ class Keep(Solver):
         return inner.solve(process, denoise, x, times, draw, project, after)
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Var[x_0 | x_t] of one entry: that of Gaussian data of standard deviation ``std``, times
+    s^2 / (s^2 + settled^2), at least ``least``, with s = sigma / alpha. Below the noise
+    ``settled`` an atom's surroundings tell where and what it is, so a Gaussian would leave too
+    much open and pull too little."""
+
+    std: float
+    settled: float = 0.0
+    least: float = 1.0
+
+    def __call__(self, alpha: Scale, sigma: Scale) -> Scale:
+        noise = torch.as_tensor(sigma / alpha).square()
+        share = (noise / (noise + self.settled**2)).clamp(min=self.least)
+        return share * noise * self.std**2 / (noise + self.std**2)
+
+
 @dataclass(frozen=True, eq=False)
 class Agreement(Energy):
-    """-log p(fragment | x_t), taken as Gaussian around the estimate of x_0 with the variance that
-    data of standard deviation ``prior_std`` have given x_t (Pi-GDM; Song et al. 2023).
-
-    ``value``: the fragment as in :class:`Keep`; ``std``: deviation allowed to it, model units.
-    """
+    """-log p(fragment | x_t), taken as Gaussian around the estimate of x_0 (Pi-GDM; Song et al.
+    2023). ``value``: the fragment as in :class:`Keep`; ``spreads``: field -> :class:`Spread`;
+    ``std``: deviation allowed to the fragment, model units."""
 
     process: Process
     value: State
-    prior_std: float
+    spreads: Mapping[str, Spread]
     std: float = 0.02
 
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return f"fragment ({', '.join(self.value)})"
+    name = "fragment"
 
     def __call__(
         self, x: State, t: Time, mask: Tensor | None = None, cond: Condition | None = None
     ) -> Tensor:
         """``x``: estimates of x_0."""
-        known = known_first(self.value, x)
-        return Inpainting(self.process, known, self.std, prior_spread(self.prior_std))(x, t, mask)
+        parts = []
+        for field, v in self.value.items():
+            known = known_first({field: v}, x)
+            energy = Inpainting(self.process, known, self.std, self.spreads[field])
+            parts.append(energy(x, t, mask))
+        return torch.stack(parts).sum(0)
 
 
 def known_first(value: State, x: State) -> Known:

@@ -10,7 +10,7 @@ from molediff import Molecule
 from molediff.geometric.domain import Molecules
 from molediff.geometric.fragments import Fragment
 from molediff.geometric.models import transformer
-from molediff.geometric.scaffolds import Agreement, Keep, Scaffolded
+from molediff.geometric.scaffolds import Agreement, Keep, Scaffolded, Spread
 from shared.configuration import ConfigurationError
 from shared.geometry import CentredPoints
 from shared.guidance import Guided, Term, prior_spread
@@ -129,8 +129,8 @@ def test_turning_fragment_and_draws_turns_the_molecules(denoiser):
             z = draws.normal(name, number, like[name], process.fields[name].geometry)
             return z @ rotation if name == "positions" else z
 
-        terms = [Term(Agreement(process, {n: v}, 1.0), at="estimate") for n, v in value.items()]
-        guided = Guided(model, process, terms)
+        energy = Agreement(process, value, dict.fromkeys(value, Spread(1.0)))
+        guided = Guided(model, process, [Term(energy, at="estimate")])
         start = process.prior({name: draw(name, 1 << 50) for name in like})
         times = torch.linspace(1.0, 0.0, 7).tolist()
         project = {n: f.geometry.project for n, f in process.fields.items()}
@@ -249,7 +249,7 @@ def test_agreement_with_the_true_spread_is_the_likelihood():
     centre = torch.eye(4, dtype=F64) - 0.25
     var, t = 0.7, 0.4
     value = {"positions": torch.tensor([[[0.5, 0, 0], [-0.5, 0, 0]]], dtype=F64)}
-    energy = Agreement(process, value, var**0.5, std=1e-6)
+    energy = Agreement(process, value, {"positions": Spread(var**0.5)}, std=1e-6)
     alpha, sigma = (float(f(t)) for f in (process.lead.alpha, process.lead.sigma))
     x = centre @ torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
     guided = Guided(Springs(process, var * centre), process, [Term(energy, at="estimate")])
@@ -260,3 +260,11 @@ def test_agreement_with_the_true_spread_is_the_likelihood():
     spread = prior_spread(var**0.5)(alpha, sigma)
     torch.testing.assert_close(push[:, :2], -gain * apart / spread, rtol=1e-6, atol=1e-8)
     assert float(push[:, 2:].abs().max()) < 1e-8  # independent points feel nothing
+
+
+def test_spreads_shrink_where_the_surroundings_tell():
+    plain, told = Spread(1.4), Spread(1.4, settled=0.3, least=0.3)
+    for sigma in (5.0, 0.3, 0.01):
+        assert float(plain(0.5, sigma)) == pytest.approx(prior_spread(1.4)(0.5, sigma))
+    shares = [float(told(1.0, s) / plain(1.0, s)) for s in (30.0, 0.3, 0.01)]
+    assert shares == pytest.approx([1.0, 0.5, 0.3], abs=1e-3)
