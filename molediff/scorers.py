@@ -7,7 +7,6 @@ takes. Whoever steers by xTB cannot have xTB as the judge as well.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from molediff.molecules import Molecule
 from molediff.oracles import PROPERTIES, XTBOracle, check_properties
+from molediff.own import load_function, run_file
 from molediff.targets import Extreme, Target
 from molediff.xtb import UNITS
 from shared.configuration import nearest
@@ -183,25 +183,19 @@ def function(reference: str) -> Scorer:
     what it cannot judge.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that cannot be run, no such function in it; (when scoring) whatever the
-            function raises and results that are no number. Each names the file, the function and
-            the molecule.
+        ValueError: no such file, one that cannot be run, no such function in it; (when scoring)
+            whatever the function raises and results that are no number. Each names the file, the
+            function and the molecule.
     """
-    path, _, name = reference.rpartition(":")
-    if not path or not name.isidentifier():
-        raise ValueError(f"scorer '{reference}': write path.py:function.")
-    called = getattr(_module(Path(path)), name, None)
-    if not callable(called):
-        raise ValueError(f"scorer '{reference}': {path} has no function '{name}'.")
+    called = load_function(reference, "scorer")
 
     def value(molecule: Molecule) -> float:
         try:
             return float(called(molecule))
         except Exception as error:
             raise ValueError(
-                f"scorer: function '{name}' of {path} failed on {_title(molecule)}: "
-                f"{type(error).__name__}: {error}"
+                f"scorer '{reference}' fails on {_title(molecule)}: {type(error).__name__}: "
+                f"{error}"
             ) from error
 
     return Scorer(reference, value)
@@ -222,7 +216,7 @@ def scorer(name: str) -> Scorer:
     a descriptor of RDKit.
 
     Raises:
-        ValueError: no such scorer; lists those there are. FileNotFoundError: no such file.
+        ValueError: no such scorer; lists those there are.
     """
     head, colon, rest = name.partition(":")
     if colon and head.lower() in WITH_ARGUMENT:
@@ -319,24 +313,9 @@ def _title(molecule: Molecule) -> str:
     return f"molecule {molecule.name} ({text})" if molecule.name else f"molecule {text}"
 
 
-def _module(path: Path) -> Any:
-    """A file run as a module of its own, not kept among the imported ones."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
-    return module
-
-
 @cache
 def _contribution(folder: str, name: str) -> Any:
     path = Path(RDConfig.RDContribDir) / folder / f"{name}.py"
     if not path.exists():
         raise ModuleNotFoundError(f"this RDKit came without {folder}: install rdkit from PyPI")
-    return _module(path)
+    return run_file(path)

@@ -17,14 +17,10 @@ range of noise.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from molediff.molecules import SYMBOLS, Molecule, atomic_number
+from molediff.own import load_function
 from molediff.targets import Extreme, Properties, Range, Target, Value
 from shared.configuration import ConfigurationError
 from shared.guidance import Energy, SquaredError, Within
@@ -218,8 +215,8 @@ class UserEnergy(Energy):
 
     @classmethod
     def load(cls, text: str, elements: Sequence[int], scale: float) -> UserEnergy:
-        """The function that ``path.py:function`` names; see :func:`load_function`."""
-        return cls(load_function(text), elements, scale, text)
+        """The function that ``path.py:function`` names; see ``molediff.own``."""
+        return cls(load_function(text, "own energy"), elements, scale, text)
 
     def __call__(
         self, x: State, t: Time, mask: Tensor | None = None, cond: Condition | None = None
@@ -242,38 +239,3 @@ class UserEnergy(Energy):
                 f"molecule, ({len(shares)},)."
             )
         return value
-
-
-def load_function(text: str) -> Callable[..., Any]:
-    """The function that ``path.py:function`` names, by running the file.
-
-    Raises:
-        ConfigurationError: no such file or function, or a file that cannot be run; one line.
-    """
-    path, _, name = text.rpartition(":")
-    if not path.endswith(".py") or not name.isidentifier():
-        raise ConfigurationError(f"own energy '{text}': write FILE.py:FUNCTION.")
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigurationError(f"own energy '{text}': there is no file {path}.")
-    module_name = f"molediff_own_{file.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses in the file look themselves up there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigurationError(
-            f"own energy '{text}': {path} cannot be run: {type(error).__name__}: {error}."
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise ConfigurationError(
-            f"own energy '{text}': {path} has no function '{name}'; it has "
-            f"{', '.join(known) or 'none'}."
-        )
-    found: Callable[..., Any] = function
-    return found

@@ -11,11 +11,11 @@ from molediff.geometric.energies import (
     Composition,
     UserEnergy,
     fingerprint_energy,
-    load_function,
     property_energy,
 )
 from molediff.geometric.process import molecule_process
 from molediff.molecules import Molecule
+from molediff.own import load_function
 from molediff.targets import Target
 from shared.configuration import ConfigurationError
 from shared.guidance import Energy, Guided, Term
@@ -222,7 +222,7 @@ def test_files_without_an_energy(own, text, message):
     broken = own.with_name("broken.py")
     broken.write_text("1 / 0\n")
     with pytest.raises(ConfigurationError) as caught:
-        load_function(text.format(own=own, broken=broken))
+        load_function(text.format(own=own, broken=broken), "own energy")
     said = str(caught.value).replace("dataclass, ", "").replace("carbons, flat", "carbons")
     assert message.split("; it has")[0] in said
 

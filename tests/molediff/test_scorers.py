@@ -111,18 +111,16 @@ def test_a_function_of_the_user(tmp_path):
     assert scorer(f"{file}:odd")([PHENOL, ETHANE]).tolist() == [WORST, 1.0]
     named = ETHANE.replace(name="seven")
     for name, words in (("broken", "ZeroDivisionError"), ("text", "could not convert")):
-        with pytest.raises(
-            ValueError, match=rf"'{name}' of .*mine: 1.py failed on .*seven \(CC\)"
-        ):
+        with pytest.raises(ValueError, match=rf"mine: 1.py:{name}' fails on .*seven \(CC\)"):
             scorer(f"{file}:{name}")([named])
         with pytest.raises(ValueError, match=words):
             scorer(f"{file}:{name}")([ETHANE])
     for name in ("absent", "number"):
         with pytest.raises(ValueError, match=f"has no function '{name}'"):
             scorer(f"{file}:{name}")
-    with pytest.raises(FileNotFoundError, match=r"no\.py: no such file"):
+    with pytest.raises(ValueError, match=r"there is no file .*no\.py"):
         scorer(f"{tmp_path}/no.py:size")
-    with pytest.raises(ValueError, match=r"write path\.py:function"):
+    with pytest.raises(ValueError, match=r"write FILE\.py:FUNCTION"):
         scorer(f"{file}:")
     file.write_text("x = ")
     with pytest.raises(ValueError, match="cannot be run: SyntaxError"):
