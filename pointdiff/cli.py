@@ -67,6 +67,7 @@ def complete(config: DictConfig, program: Program, progress: Progress | None = N
         steps=config.steps,
         seed=seed,
         solver=find_choice(config.solver, model.domain, model.checkpoint),
+        grid=find_choice(config.grid, model.domain, model.checkpoint),
         denoise=guided(config.guidance, denoiser, model.domain),
         device=config.device,
     )

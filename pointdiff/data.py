@@ -23,12 +23,13 @@ AXES = {"x": 0, "y": 1, "z": 2}
 
 
 class Pair(NamedTuple):
-    """A complete cloud [n, 3], a scan of it [m, 4] (position; 1, or -1 for a mirrored point), and
-    the frame that both are in."""
+    """A complete cloud [n, 3], a scan of it [m, 4] (position; 1, or -1 for a mirrored point),
+    the frame that both are in, and the class (-1: not known)."""
 
     complete: np.ndarray
     partial: np.ndarray
     frame: Frame = Frame()
+    label: int = -1
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class Shapes:
 
     ``points`` [shapes] arrays [n, 3] times ``scale``; ``split`` [shapes]: 0 train, 1 test;
     ``groups`` [shapes]: copies of a shape share one; ``visible``: None, or for each shape what
-    cameras see of it (:meth:`pointdiff.scanning.Scanner.visible`).
+    cameras see of it (:meth:`pointdiff.scanning.Scanner.visible`). ``labels`` [shapes] are
+    numbers of classes with ``names``.
     """
 
     def __init__(
@@ -89,9 +91,12 @@ class Shapes:
         split: np.ndarray | None = None,
         groups: np.ndarray | None = None,
         visible: Sequence[np.ndarray] | None = None,
+        labels: np.ndarray | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         n = len(points)
-        self.visible = visible
+        self.visible, self.names = visible, [str(name) for name in names]
+        self.labels = np.full(n, -1) if labels is None else labels
         self.points, self.scale = points, scale
         self.split = np.zeros(n, np.int8) if split is None else split
         self.groups = np.arange(n) if groups is None else groups
@@ -138,8 +143,9 @@ class Shapes:
 
 def load_shapes(path: str | Path) -> Shapes:
     """Shapes of an .npz file with ``points`` [shapes, n, 3] (times ``scale``), and optionally
-    ``split`` and ``duplicate_group``, which are taken as they are; or of any file or folder that
-    :func:`pointdiff.files.read` reads, or ShapeNet-55, brought to centre 0 and radius 1.
+    ``split``, ``duplicate_group``, ``label`` and ``label_names``, which are taken as they are; or
+    of any file or folder that :func:`pointdiff.files.read` reads, or ShapeNet-55, brought to
+    centre 0 and radius 1.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, or no shape that can be used.
@@ -151,7 +157,8 @@ def load_shapes(path: str | Path) -> Shapes:
             if points is not None and points.ndim == 3 and points.shape[2] == 3:
                 scale = float(arrays.get("scale", np.float32(1)))
                 split, groups = arrays.get("split"), arrays.get("duplicate_group")
-                return Shapes(points, scale, split, groups)
+                labels, names = arrays.get("label"), arrays.get("label_names", ())
+                return Shapes(points, scale, split, groups, labels=labels, names=names)
     listed = published.shapenet55(path)
     if listed is not None:
         clouds = [files.read_one(file) for file in listed[0]]
@@ -239,11 +246,17 @@ class Pairs(Dataset[Pair]):
         if self.augment is not None:
             matrix, shift = (a.astype(np.float32) for a in self.augment.draw(generator))
             complete, partial = complete @ matrix + shift, partial @ matrix + shift
+        label = self.label(index)
         if self.drop and generator.random() < self.drop:
-            return Pair(complete, np.zeros_like(with_flags(partial, self.mirror, generator)))
+            nothing = np.zeros_like(with_flags(partial, self.mirror, generator))
+            return Pair(complete, nothing, label=label)
         frame = Frame.of(partial) if self.own_frame else Frame()
         scan = with_flags(frame.enter(partial), self.mirror, generator)
-        return Pair(frame.enter(complete), scan, frame)
+        return Pair(frame.enter(complete), scan, frame, label)
+
+    def label(self, index: int) -> int:
+        """The class of a shape, -1 where it is not known."""
+        return int(self.shapes.labels[int(self.rows[index])])
 
 
 class RecordedPairs(Pairs):
@@ -259,6 +272,9 @@ class RecordedPairs(Pairs):
     ) -> tuple[Cloud, Cloud]:
         cloud, scan = self.recorded.pair(int(self.rows[index]), self.points)
         return cloud, resample(scan, self.scanner.points, generator)
+
+    def label(self, index: int) -> int:
+        return -1
 
 
 def with_flags(partial: Cloud, mirror: str | None, generator: np.random.Generator) -> np.ndarray:

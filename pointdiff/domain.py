@@ -42,6 +42,7 @@ from shared.process import State
 from shared.randomness import stream
 
 FRAMES = ("scan", "data")
+REQUESTS = ("scan", "split", "points", "keep", "label")
 
 
 class Completion(Domain[Cloud]):
@@ -58,12 +59,14 @@ class Completion(Domain[Cloud]):
         augment: changes of the training pairs. validation: share of the training shapes.
         frame: 'scan', or 'data': coordinates as they are, in which the centre of the complete
             shape's bounding box is 0 and its largest radius 1 (PDR).
+        classes: tell the model the class, 'label' [b], where it is known.
         drop: share of the training pairs without a scan, for models that also generate without
             one, and for classifier-free guidance.
         views: file of :func:`pointdiff.data.save_views`, which makes training scans quick.
     """
 
     name: ClassVar[str] = "completion"
+    solver: ClassVar[str] = "dpmpp_2m_clean"
 
     def __init__(
         self,
@@ -77,13 +80,14 @@ class Completion(Domain[Cloud]):
         views: str | None = None,
         training_points: int | None = None,
         drop: float = 0.0,
+        classes: bool = False,
     ) -> None:
         if not 0 <= drop <= 1:
             raise ValueError(f"domain.drop={drop}: give a share from 0 to 1.")
         if frame not in FRAMES:
             raise ValueError(f"domain.frame={frame!r}: choose {' or '.join(FRAMES)}.")
         self.frame, self.views = frame, views
-        self.training_points, self.drop = training_points, drop
+        self.training_points, self.drop, self.classes = training_points, drop, classes
         if mirror is not None and mirror not in AXES:
             raise ValueError(f"domain.mirror={mirror!r}: choose x, y, z or null.")
         if points < 1 or not 0 < validation < 1:
@@ -115,7 +119,7 @@ class Completion(Domain[Cloud]):
         std = float(np.mean([some[i].complete.std() for i in range(min(64, len(some)))]))
         sizes = {"points": self.points, "partial": self.scan.points}
         own = {"mirror": self.mirror, "frame": self.frame, "drop": self.drop}
-        return {"domain": self.name, **sizes, **own, "std": std}
+        return {"domain": self.name, **sizes, **own, "std": std, "names": self.class_names}
 
     def restore(self, statistics: Mapping[str, Any]) -> None:
         if statistics.get("domain") != self.name:
@@ -125,6 +129,13 @@ class Completion(Domain[Cloud]):
         self.points, self.mirror = int(statistics["points"]), statistics["mirror"]
         self.frame = statistics.get("frame", "data")
         self.drop = float(statistics.get("drop", 0.0))
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes; empty for models without."""
+        if self._restored is not None:
+            return list(self._restored.get("names", ()))
+        return list(self.shapes.names) if self.classes else []
 
     @property
     def partial_points(self) -> int:
@@ -156,7 +167,19 @@ class Completion(Domain[Cloud]):
 
     def collate(self, records: Sequence[Pair]) -> Batch:
         complete = torch.from_numpy(np.stack([record.complete for record in records]))
-        return Batch({"x": complete}, cond=_condition(records))
+        return Batch({"x": complete}, cond=self._condition(records))
+
+    def _condition(self, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+        frames = [[*pair.frame.centre, pair.frame.scale] for pair in pairs]
+        partial = np.stack([pair.partial for pair in pairs])
+        cond = {
+            "partial": torch.from_numpy(partial),
+            "frame": torch.tensor(frames, dtype=torch.float64),
+        }
+        if self.class_names:  # a class more, the last, is 'not known'
+            most = len(self.class_names)
+            cond["label"] = torch.tensor([p.label if p.label >= 0 else most for p in pairs])
+        return cond
 
     # -- completing ---------------------------------------------------------------------------
 
@@ -186,24 +209,26 @@ class Completion(Domain[Cloud]):
         - ``scan``: a partial cloud [n, 3], or a file or folder of them, of which sample i
           completes number i modulo their count; 'none' (see ``drop``); by default the test scans;
         - ``split``: 'train': the scans of :meth:`training_pair`;
+        - ``label``: name or number of the class, for models with classes;
         - ``points``: of a completion;
         - ``keep``: false: do not put points of the scan in place of generated ones.
         """
-        reject_unknown("completion, request", request, ("scan", "split", "points", "keep"))
+        reject_unknown("completion, request", request, REQUESTS)
         points, keep = request.get("points", self.points), request.get("keep", True)
         if not isinstance(points, int) or points < 1:
             raise ValueError(f"request.points={points}: give a whole number of at least 1.")
         if not isinstance(keep, bool):
             raise ValueError(f"request.keep={keep}: give true or false.")
         state = {"x": torch.zeros(len(indices), points, 3)}
+        label = self._label(request.get("label"))
         scan = request.get("scan")
         if isinstance(scan, str) and scan == "none":
-            return Batch(state, cond=self._nothing(len(indices)))
+            return Batch(state, cond=self._nothing(len(indices), label))
         if scan is None:
             known = self._known(indices, request.get("split", "test"))
         else:
-            known = self._given(scan, seed, indices)
-        cond = _condition([pair for pair, _ in known])
+            known = [(p._replace(label=label), c) for p, c in self._given(scan, seed, indices)]
+        cond = self._condition([pair for pair, _ in known])
         if keep:  # what takes the place of generated points
             most = max(points, self.partial_points)
             kept = [
@@ -246,13 +271,25 @@ class Completion(Domain[Cloud]):
         half = 0 if self.mirror is None else self.partial_points // 2
         return {"partial": torch.zeros(1, self.partial_points + half, 4)}
 
-    def _nothing(self, n: int) -> dict[str, Tensor]:
+    def _nothing(self, n: int, label: int) -> dict[str, Tensor]:
         """The condition of ``n`` clouds without a scan."""
         null = self.null_condition()
         if not null:
             raise ValueError("request.scan=none: the model was trained without domain.drop.")
-        frame = torch.tensor([[0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
-        return {"partial": null["partial"].expand(n, -1, -1).clone(), "frame": frame.expand(n, 4)}
+        nothing = Pair(np.zeros((0, 3)), null["partial"][0].numpy(), label=label)
+        return self._condition([nothing] * n)
+
+    def _label(self, given: Any) -> int:
+        """The number of a class given by name or number; -1 for none."""
+        names = self.class_names
+        if given is None:
+            return -1
+        if given in names:
+            return names.index(given)
+        if isinstance(given, int) and 0 <= given < len(names):
+            return given
+        known = ", ".join(names) or "none: it was trained without domain.classes"
+        raise ValueError(f"request.label={given}: the model knows the classes {known}.")
 
     def finish(self, state: State, batch: Batch) -> State:
         """Points of the scan in place of those generated on what it shows
@@ -326,10 +363,3 @@ class Completion(Domain[Cloud]):
             else:
                 shown |= {f"completion {i}": item, f"truth {i}": reference[i % len(reference)]}
         return gallery(shown, 3 if reference is None else 2)
-
-
-
-def _condition(pairs: Sequence[Pair]) -> dict[str, Tensor]:
-    frames = [[*pair.frame.centre, pair.frame.scale] for pair in pairs]
-    partial = np.stack([pair.partial for pair in pairs])
-    return {"partial": torch.from_numpy(partial), "frame": torch.tensor(frames).double()}

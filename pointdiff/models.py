@@ -93,7 +93,8 @@ def pdr(
             raise ValueError(
                 f"model.{name}.points: {branch.points[0]} points of a cloud with {most}."
             )
-    network = DualPath(above, below, Transfer(**(transfer or {})), whole, time)
+    classes = len(domain.class_names) + 1 if domain.class_names else 0
+    network = DualPath(above, below, Transfer(**(transfer or {})), whole, time, classes)
     code = TimeCode("time", scale=1000.0, shift=-1.0)
     return Denoiser(CompletionBackbone(network), Process.single(schedule), head, code, times)
 
@@ -113,6 +114,8 @@ def latents(
         network: arguments of the transformer.
     """
     head = Head(KarrasPreconditioned(sigma_data), Native())
-    backbone = CompletionBackbone(LatentTransformer(sigma_data=sigma_data, **network))
+    classes = len(domain.class_names) + 1 if domain.class_names else 0
+    made = LatentTransformer(sigma_data=sigma_data, classes=classes, **network)
+    backbone = CompletionBackbone(made)
     times = NormalLogSNR(mean, std, -2.0, 5.0)
     return Denoiser(backbone, Process.single(schedule), head, TimeCode("log_snr"), times)

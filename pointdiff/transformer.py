@@ -154,6 +154,7 @@ class LatentTransformer(nn.Module):
         points: width of the features of a point. width, heads: of the tokens.
         latents: how many. blocks: read-work-write rounds; layers: of work in each.
         sigma_data: with it positions are scaled back from the denoiser's input.
+        classes: number of classes; 0 without.
     """
 
     def __init__(
@@ -168,9 +169,11 @@ class LatentTransformer(nn.Module):
         neighbours: int = 16,
         scan_layers: int = 2,
         sigma_data: float = 0.5,
+        classes: int = 0,
     ) -> None:
         super().__init__()
         self.sigma_data = sigma_data
+        self.label = nn.Embedding(classes, width) if classes else None
         self.encoder = ScanEncoder(width, tokens, neighbours, scan_layers, heads)
         self.enter = nn.Sequential(
             nn.Linear(6 * OCTAVES + 3, 2 * points), nn.GELU(), nn.Linear(2 * points, points)
@@ -200,6 +203,8 @@ class LatentTransformer(nn.Module):
         rates = torch.exp(torch.linspace(-2, 1.5, 16, dtype=x.dtype, device=x.device))
         angle = code[:, None] * rates
         embedding = self.time(torch.cat([angle.sin(), angle.cos()], 1))
+        if self.label is not None and label is not None:
+            embedding = embedding + self.label(label)
         embedding = F.silu(embedding + self.whole(scan.amax(1)))
         z = self.latents.expand(len(x), -1, -1)
         for block in self.blocks:

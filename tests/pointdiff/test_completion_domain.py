@@ -5,7 +5,7 @@ import torch
 from pointdiff.data import Augmentation, Pairs, Shapes, load_shapes, save_views
 from pointdiff.domain import Completion
 from pointdiff.files import write_one
-from pointdiff.models import pdr
+from pointdiff.models import latents, pdr
 from pointdiff.ops import knn
 from pointdiff.scanning import Scanner
 from shared.domains import Invalid
@@ -254,6 +254,37 @@ def test_a_model_trains_and_keeps_the_features_of_a_scan(domain, monkeypatch):
     assert not torch.equal(changed, first)
     with pytest.raises(ValueError, match="condition 'partial'"):
         denoiser(noise, 0.5)
+
+
+def test_classes_are_told_where_they_are_known(file, tmp_path):
+    with np.load(file) as arrays:
+        labels = {"label": np.arange(16) % 3, "label_names": np.array(["ball", "egg", "disc"])}
+        np.savez(tmp_path / "named.npz", **dict(arrays), **labels)
+    data = str(tmp_path / "named.npz")
+    assert "label" not in Completion(data, points=64).template(0, [0]).cond
+    domain = Completion(data, points=64, scan=Scanner(points=32), classes=True, drop=0.1)
+    assert domain.template(0, [0, 1]).cond["label"].tolist() == [0, 1]  # shapes 12 and 13
+    scan = domain.shapes[3]
+    for given, number in (("egg", 1), (2, 2), (None, 3)):
+        cond = domain.template(0, [0], scan=scan, label=given).cond
+        assert cond["label"].tolist() == [number]
+    assert domain.template(0, [0], scan="none", label="disc").cond["label"].tolist() == [2]
+    fresh = Completion()
+    fresh.restore(domain.statistics())
+    with pytest.raises(ValueError, match="request.label=cube: .* ball, egg, disc"):
+        fresh.template(0, [0], scan=scan, label="cube")
+    torch.manual_seed(0)
+    size = {"points": 8, "width": 16, "heads": 2, "latents": 4, "blocks": 1, "tokens": 8}
+    for denoiser in (pdr(domain, VPCosine(), **SMALL), latents(domain, VPCosine(), **size)):
+        for p in denoiser.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+        x = {"x": torch.randn(1, 64, 3)}
+        with torch.no_grad():
+            found = [
+                denoiser(x, 0.5, None, domain.template(0, [0], scan=scan, label=name).cond)["x"].x0
+                for name in ("egg", "disc")
+            ]
+        assert not torch.allclose(*found)
 
 
 def test_clouds_too_small_for_the_model_are_refused(domain):
