@@ -4,9 +4,9 @@ from pathlib import Path
 
 from molediff.files import read, write
 from molediff.geometric.metrics import evaluate
+from molediff.models import load
 from molediff.molecules import Molecule
 from shared.domains import Invalid
-from shared.models import load
 from shared.runs import register_pretrained
 
 register_pretrained(Path(__file__).parent / "pretrained")

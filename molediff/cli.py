@@ -48,6 +48,7 @@ PROGRAM = Program(
     packages=("molediff.",),
     default="molecules",
     examples=(
+        "design gap=5.0 n=64",
         "sample run=qm9 n=100 out=samples",
         "evaluate samples",
         "data prepare mine.sdf out=data/mine",

@@ -109,7 +109,7 @@ def check_complete(verb: str, config: DictConfig) -> None:
 
 def explain(verb: str, overrides: Sequence[str], error: Exception) -> str:
     """What is wrong with ``overrides``, in one line."""
-    known = _known_keys(verb)
+    known = known_keys(verb)
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         key = key.partition("@")[0]
@@ -140,7 +140,7 @@ def defaults(verb: str) -> dict[str, str | None]:
     return {str(group): value for entry in chosen for group, value in entry.items()}
 
 
-def _known_keys(verb: str) -> set[str]:
+def known_keys(verb: str) -> set[str]:
     """Keys and groups of a verb's own file."""
     files = (OmegaConf.load(folder() / f"{name}.yaml") for name in (verb, "config"))
     return {key for file in files for key in _flat(file)} - {"defaults"} | set(defaults(verb))

@@ -18,7 +18,7 @@ from shared.domains import Domain, Invalid
 from shared.metrics import Estimate
 from shared.reports import Section
 from shared.runs import Run
-from shared.sample_folders import read_manifest
+from shared.sample_folders import STEMS, read_manifest
 
 
 def evaluate(config: DictConfig, program: Program, progress: Progress | None = None) -> Outcome:
@@ -87,8 +87,8 @@ def read_items(domain: Domain[Any], path: Path) -> list[Any]:
     if not records:
         return list(domain.read(path))
     last = {record.index: record for record in records}.values()
-    file = path / f"samples{domain.suffix}"
-    items = list(domain.read(file)) if file.exists() else []
+    files = [path / f"{stem}{domain.suffix}" for stem in STEMS]
+    items = [item for file in files if file.exists() for item in domain.read(file)]
     return items + [Invalid(str(r.index), r.reason) for r in last if r.status != "ok"]
 
 

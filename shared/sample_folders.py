@@ -13,11 +13,14 @@ from shared.checkpoints import write_atomically
 from shared.domains import Domain, Invalid
 from shared.sampling import STATUSES, Record, Summary
 
+STEMS = ("samples", "molecules")
+"""Names of the file with the items."""
+
 
 class Folder:
     """A folder of samples that grows chunk by chunk and survives a kill.
 
-    ``samples<suffix>`` holds the decoded items, ``manifest.jsonl`` one :class:`Record` per sample,
+    ``samples<suffix>`` (or another ``stem``) holds the decoded items, ``manifest.jsonl`` one :class:`Record` per sample,
     ``settings.json`` what made them. Items are written before their records, so opening the folder
     again cuts a torn last line and items without records: what is left is consistent, and at
     most the chunk in flight is lost.
@@ -26,15 +29,21 @@ class Folder:
         ValueError: the folder was made with other settings, or its files were changed.
     """
 
-    def __init__(self, path: Path, domain: Domain[Any], settings: Mapping[str, Any]) -> None:
-        self.path, self.domain = path, domain
+    def __init__(
+        self,
+        path: Path,
+        domain: Domain[Any],
+        settings: Mapping[str, Any],
+        stem: str = STEMS[0],
+    ) -> None:
+        self.path, self.domain, self.stem = path, domain, stem
         path.mkdir(parents=True, exist_ok=True)
         self._check_settings(settings)
         self.records = self._repair()
 
     @property
     def file(self) -> Path:
-        return self.path / f"samples{self.domain.suffix}"
+        return self.path / f"{self.stem}{self.domain.suffix}"
 
     @property
     def manifest(self) -> Path:

@@ -321,6 +321,7 @@ def _compile(denoiser: Denoiser) -> None:
 
     symbols.use_duck_shape = False  # sizes that happen to agree would compile again and again
     torch._dynamo.config.recompile_limit = 64  # with and without mask, gradients, ...
+    torch._dynamo.config.optimize_ddp = False  # it splits whole models, and fails on layers
     layers = getattr(denoiser.backbone, "layers", None)
     for part in layers if isinstance(layers, torch.nn.ModuleList) else [denoiser.backbone]:
         part.compile(dynamic=True)

@@ -88,9 +88,14 @@ class Predictor:
         free = np.full(len(self.names), np.nan, np.float32)
         return Record(elements, molecule.positions, molecule.charges, free)
 
+    @property
+    def network(self) -> PropertyModel:
+        """What predicts standardised properties of states at any time."""
+        assert isinstance(self.model.denoiser, PropertyModel)
+        return self.model.denoiser
+
     def _predict(self, records: Sequence[Record]) -> np.ndarray:
-        model = self.model.denoiser
-        assert isinstance(model, PropertyModel)
+        model = self.network
         batch = self.domain.collate(records).to(next(model.parameters()).device)
         with torch.no_grad():
             y = model.predict(batch.state, model.process.lead.t_min, batch.mask)

@@ -1,0 +1,261 @@
+"""From a wish to a guided sampler: which domain, which energies, which solver."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from molediff.design.wishes import Wish
+from molediff.fingerprints import fingerprint, read_structure
+from molediff.geometric.domain import Molecules
+from molediff.geometric.energies import (
+    Composition,
+    UserEnergy,
+    fingerprint_energy,
+    property_energy,
+)
+from molediff.geometric.fingerprints import FingerprintMolecules
+from molediff.geometric.fragments import Fragment
+from molediff.geometric.predicting import Predictor
+from molediff.geometric.scaffolds import Scaffolded
+from molediff.scorers import reward
+from molediff.targets import Target
+from shared.configuration import ConfigurationError
+from shared.guidance import ClassifierFree, Guided, Steered, Term
+from shared.models import Model
+from shared.predictions import Denoise
+from shared.runs import pretrained
+from shared.solvers.base import PlanSolver, Solver
+
+
+@dataclass(frozen=True)
+class Steering:
+    """How hard to steer.
+
+    Args:
+        energies: property model on noisy molecules; 'auto': that named after the generator;
+            None: none. fingerprints: the same for fingerprints.
+        strength: weight of the property energies (the published l). condition: scale of
+            classifier-free guidance. pull: weight of composition, similarity and own energies.
+        particles: tries per molecule where scorers steer.
+    """
+
+    energies: str | None = "auto"
+    fingerprints: str | None = None
+    strength: float = 1.0
+    condition: float = 1.0
+    pull: float = 1.0
+    particles: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("strength", "condition", "pull"):
+            if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
+                raise ConfigurationError(
+                    f"{name}={getattr(self, name)}: give a number of at least 0."
+                )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A wish made concrete for one generator. Attributes are made when they are asked for, so a
+    mistake in one is told before any sampling by :meth:`check`."""
+
+    model: Model[Any]
+    wish: Wish
+    steering: Steering = field(default_factory=Steering)
+
+    # -- what is asked ------------------------------------------------------------------------
+
+    @cached_property
+    def domain(self) -> Molecules:
+        """The generator's domain, with room for the scaffold."""
+        domain = self.model.domain
+        if not isinstance(domain, Molecules):
+            raise ConfigurationError(
+                f"run={self.model.run.folder} makes {domain.name}; design needs a model of "
+                "molecules in 3D."
+            )
+        if self.wish.scaffold is None:
+            if self.wish.new is not None:
+                raise ConfigurationError("new: there is no scaffold to add atoms to.")
+            return domain
+        return Scaffolded(domain, Fragment.read(self.wish.scaffold), self.wish.new)
+
+    @cached_property
+    def properties(self) -> dict[str, Mapping[str, Any]]:
+        """What can be asked for: the properties of the condition and of the energies."""
+        known = dict(self.domain.statistics()["properties"])
+        names = [n for n in self.domain.properties if n in known]
+        found = {name: known[name] for name in names}
+        if self.predictor is not None:
+            found |= {n: self.predictor.statistics[n] for n in self.predictor.names}
+        return found
+
+    @cached_property
+    def targets(self) -> list[Target]:
+        """The wishes for properties.
+
+        Raises:
+            ConfigurationError: one that cannot be read, or two for one property.
+        """
+        targets = self.wish.parsed(self.properties)
+        names = [target.name for target in targets]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigurationError(
+                    f"{name} has two targets: write one range, such as {name}=2..3."
+                )
+        return targets
+
+    @property
+    def warnings(self) -> list[str]:
+        """Targets that the training data hold nothing like."""
+        found = (target.outlying(self.properties) for target in self.targets)
+        return [text for text in found if text is not None]
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """For the domain's template."""
+        told = {n: v for n, v in self.wish.targets.items() if self._column(n) is not None}
+        renamed = {self.domain.properties[self._column(n) or 0]: v for n, v in told.items()}
+        atoms = {} if self.wish.atoms is None else {"atoms": self.wish.atoms}
+        return renamed | atoms
+
+    def _column(self, name: str) -> int | None:
+        names = [known.lower() for known in self.domain.properties]
+        return names.index(name.lower()) if name.lower() in names else None
+
+    # -- how it is reached --------------------------------------------------------------------
+
+    @cached_property
+    def predictor(self) -> Predictor | None:
+        """The property model that guides."""
+        name = companion(self.steering.energies, self.model, "energy")
+        return None if name is None else _fitting(Predictor.load(name), self.model)
+
+    @cached_property
+    def composition(self) -> Composition | None:
+        """The limits on elements."""
+        if not self.wish.limits:
+            return None
+        return Composition.parse(self.wish.limits, self.domain.elements, self.domain.scale)
+
+    @cached_property
+    def terms(self) -> list[Term]:
+        """The energies that guide."""
+        terms, pull = [], self.steering.pull
+        if self.predictor is not None and self.steering.strength > 0:
+            names, network = self.predictor.names, self.predictor.network
+            for target in self.targets:
+                if target.name in names:
+                    column = names.index(target.name)
+                    energy = property_energy(network.predict, self.properties, column, target)
+                    terms.append(Term(energy, self.steering.strength))
+        if self.composition is not None:
+            terms.append(Term(self.composition, pull, at="estimate"))
+        if self.wish.energy is not None:
+            own = UserEnergy.load(self.wish.energy, self.domain.elements, self.domain.scale)
+            terms.append(Term(own, pull, at="estimate"))
+        if self.wish.similar is not None:
+            terms.append(self._similarity())
+        if isinstance(self.domain, Scaffolded):
+            terms += self.domain.terms(self.model.denoiser.process)
+        return terms
+
+    def _similarity(self) -> Term:
+        if self.steering.fingerprints is None:
+            raise ConfigurationError(
+                "similar: give fingerprints=RUN, a property model trained with "
+                "experiment=qm9_fingerprint."
+            )
+        predictor = _fitting(Predictor.load(self.steering.fingerprints), self.model)
+        domain = predictor.domain
+        if not isinstance(domain, FingerprintMolecules):
+            raise ConfigurationError(
+                f"fingerprints={self.steering.fingerprints} predicts properties, not fingerprints."
+            )
+        bits = fingerprint(read_structure(str(self.wish.similar)), domain.kind)
+        energy = fingerprint_energy(predictor.network.predict, bits)
+        return Term(energy, self.steering.pull)
+
+    def denoise(self, device: torch.device | str) -> Denoise:
+        """The generator under its condition and energies."""
+        model, null = self.model.denoiser.to(device), self.domain.null_condition()
+        found: Denoise = model
+        if self.steering.condition != 1.0 and null:
+            null = {name: value.to(device) for name, value in null.items()}
+            found = ClassifierFree(model, model.process, null, self.steering.condition)
+        if self.predictor is not None:
+            self.predictor.network.to(device)
+        return Guided(found, model.process, self.terms) if self.terms else found
+
+    def solver(self, solver: Solver) -> Solver:
+        """``solver`` with the scaffold kept, or steered by the scorers."""
+        if not self.wish.scorers:
+            keeps = isinstance(self.domain, Scaffolded)
+            return self.domain.keeping(solver) if keeps else solver  # type: ignore[attr-defined]
+        if isinstance(self.domain, Scaffolded) or not isinstance(solver, PlanSolver):
+            raise ConfigurationError(
+                "score: it steers neither a scaffold nor this solver; leave one of them out."
+            )
+        judge, tries = reward(self.domain, *self.wish.scorers), self.steering.particles
+        if not solver.stochastic:
+            return Steered.best_of(solver, judge, tries)
+        return Steered(solver, judge, tries, scale=4.0, every=5, ess=0.5, pick="best")
+
+    def check(self, force: bool = False) -> list[str]:
+        """Try everything that can go wrong before sampling.
+
+        Returns:
+            warnings, for a run that goes on.
+
+        Raises:
+            ConfigurationError: the first mistake; without ``force`` also targets that the
+                training data hold nothing like.
+        """
+        _ = self.domain, self.targets, self.terms, self.wish.scorers
+        warnings = self.warnings
+        if warnings and not force:
+            raise ConfigurationError(" ".join(warnings) + " Give force=true to go on anyway.")
+        unreachable = [t.name for t in self.targets if not self._steers(t.name)]
+        if unreachable:
+            raise ConfigurationError(
+                f"{', '.join(unreachable)}: nothing steers it with condition="
+                f"{self.steering.condition:g}, strength={self.steering.strength:g}."
+            )
+        self.domain.template(0, [0], **self.request)
+        return warnings
+
+    def _steers(self, name: str) -> bool:
+        told = name in self.domain.properties and self.steering.condition > 0
+        guided = self.predictor is not None and name in self.predictor.names
+        return told or (guided and self.steering.strength > 0)
+
+
+def companion(name: str | None, model: Model[Any], kind: str) -> str | None:
+    """A model that goes with a generator: the one named, or for 'auto' the pretrained one whose
+    name is that of the generator and ``kind``, if there is one."""
+    if name != "auto":
+        return name
+    guess = f"{model.run.folder.name}_{kind}"
+    return guess if guess in pretrained() else None
+
+
+def _fitting(predictor: Predictor, model: Model[Any]) -> Predictor:
+    """Refuse a property model of other elements or noise than the generator's."""
+    ours, theirs = model.domain.statistics(), predictor.domain.statistics()
+    names: Sequence[str] = ("elements", "scale", "charges", "charge_scale")
+    differing = [n for n in names if ours.get(n) != theirs.get(n)]
+    schedules = [m.checkpoint.config["schedule"] for m in (model, predictor.model)]
+    differing += ["schedule"] * (schedules[0] != schedules[1])
+    if differing:
+        raise ConfigurationError(
+            f"{predictor.model.run.folder} does not fit the generator: other "
+            f"{', '.join(differing)}. Train it on the same data with the same schedule."
+        )
+    return predictor

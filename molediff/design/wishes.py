@@ -1,0 +1,159 @@
+"""What a chemist asks for, in words; and command lines that ask for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from molediff import scorers
+from molediff.scorers import Scorer
+from molediff.targets import Extreme, Properties, Range, Target, Value, is_inequality
+from shared import configuration
+from shared.configuration import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Everything that is wanted of the molecules; plain values, so that it is saved as it is.
+
+    Args:
+        targets: property -> what is wanted of it: a number or the words of
+            :mod:`molediff.targets` ('5.0eV', '2..3', '>5', 'max').
+        atoms: number of atoms, or a range '15..20'.
+        scaffold: what every molecule contains; see :meth:`Fragment.read`.
+        new: how many atoms to add to it, a number or a range.
+        composition: limits such as 'C=6 N<=1 F=0'.
+        similar: SMILES, or a file whose first molecule is to be resembled.
+        energy: a torch function on the estimate of the molecule, 'path.py:function'.
+        score: scorers separated by ';', such as 'qed>0.6; lacks:[N+](=O)[O-]'.
+    """
+
+    targets: Mapping[str, Any] = field(default_factory=dict)
+    atoms: int | str | None = None
+    scaffold: str | None = None
+    new: int | str | None = None
+    composition: str | None = None
+    similar: str | None = None
+    energy: str | None = None
+    score: str | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+    def parsed(self, known: Properties) -> list[Target]:
+        """The targets in the units of the training data.
+
+        Raises:
+            ConfigurationError: one that cannot be read, in a line.
+        """
+        return [Target.parse(text, known) for text in target_texts(self.targets)]
+
+    @cached_property
+    def limits(self) -> list[str]:
+        """The composition, word by word."""
+        text = re.sub(r"\s*(<=|>=|=|<|>)\s*", r"\1", self.composition or "")
+        return [word for word in re.split(r"[\s,;]+", text) if word]
+
+    @cached_property
+    def scorers(self) -> list[Scorer]:
+        """What steers without gradients.
+
+        Raises:
+            ConfigurationError: an unknown scorer, or a wish that cannot be read.
+        """
+        return [_scorer(text.strip()) for text in (self.score or "").split(";") if text.strip()]
+
+
+def target_texts(targets: Mapping[str, Any]) -> list[str]:
+    """Property -> wish as whole texts, 'gap=5.0', 'gap>5', '2<mu<3'."""
+    texts = []
+    for name, value in targets.items():
+        text = str(value).strip()
+        if len(re.findall(r"[<>\u2264\u2265]", text)) == 2 or text == "None":
+            texts += [text] * (text != "None")
+        else:
+            texts.append(f"{name}{text}" if is_inequality(text) else f"{name}={text}")
+    return texts
+
+
+_AIM = re.compile(r"(?P<name>[^<>=]+?)\s*(?P<sign><=|>=|<|>|=)\s*(?P<rest>.+)")
+
+
+def _scorer(text: str) -> Scorer:
+    head = text.partition(":")[0].lower()
+    aim = None if head in scorers.WITH_ARGUMENT else _AIM.fullmatch(text)
+    try:
+        found = scorers.scorer(aim["name"] if aim else text)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigurationError(f"score '{text}': {error}") from None
+    if aim is None:
+        return found
+    return found.aimed(_aim(text, found, aim["sign"], aim["rest"]))
+
+
+def _aim(text: str, scorer: Scorer, sign: str, rest: str) -> Target:
+    name, unit = scorer.name, scorer.unit
+    if sign == "=" and rest in ("max", "min"):
+        return Extreme(name, unit, rest == "max")
+    low, dots, high = rest.partition("..")
+    try:
+        if sign == "=" and dots:
+            return Range(name, unit, float(low), float(high))
+        value = float(rest)
+    except ValueError:
+        raise ConfigurationError(
+            f"score '{text}': '{rest}' is not a number: write {name}>0.5, {name}=0.4..0.6 or "
+            f"{name}=max."
+        ) from None
+    if sign == "=":
+        return Value(name, unit, value)
+    return Range(name, unit, low=value) if ">" in sign else Range(name, unit, high=value)
+
+
+# -- the command line -------------------------------------------------------------------------
+
+TEXTS = ("scaffold", "composition", "similar", "energy", "score")
+"""Keys whose values are texts of the user's, with any characters."""
+
+
+def as_overrides(words: Sequence[str]) -> list[str]:
+    """Words of ``molediff design`` in Hydra's grammar: what is no key of the command is a target,
+    ``gap=5.0`` -> ``++targets.gap=5.0``, ``gap>5`` -> ``++targets.gap='>5'``."""
+    known = {key.partition(".")[0] for key in configuration.known_keys("design")}
+    return [_override(word, known) for word in words]
+
+
+def _override(word: str, known: set[str]) -> str:
+    key, equals, value = word.partition("=")
+    name = key.strip("+~").partition(".")[0]
+    if name in TEXTS and equals:
+        return f"{key}={_quoted(value)}" if value != "null" else word
+    if name in known or word.startswith("-") or not (equals or is_inequality(word)):
+        return word
+    if not is_inequality(word):
+        return f"++targets.{key.strip()}={_value(value.strip())}"
+    names = [part.strip() for part in re.split(r"[<>=\u2264\u2265]+", word)]
+    names = [part for part in names if part[:1].isalpha()]
+    if len(names) != 1 or not re.fullmatch(r"\w+", names[0]):
+        raise ConfigurationError(
+            f"'{word}' is not a target: write gap=5.0, 'gap>5', mu=2..3 or homo=max."
+        )
+    text = word.strip()
+    text = text[len(names[0]) :].strip() if text.startswith(names[0]) else text
+    return f"++targets.{names[0]}={_quoted(text)}"
+
+
+def _value(text: str) -> str:
+    """Numbers and sweeps over them as they are, everything else in quotes."""
+    plain = all(re.fullmatch(r"[+-]?[\d.eE+-]+", part) for part in text.split(","))
+    return text if plain and ".." not in text else _quoted(text)
+
+
+def _quoted(text: str) -> str:
+    if text[:1] in ("'", '"') and text[-1:] == text[:1]:
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

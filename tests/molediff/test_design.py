@@ -1,0 +1,255 @@
+"""Inverse design: words, plans, judges, files and resumption, on tiny untrained models."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+import test_properties
+import torch
+
+import molediff
+from molediff.cli import PROGRAM
+from molediff.design import Wish
+from molediff.design.judging import Judge, Known, ranked
+from molediff.design.plan import Plan, Steering
+from molediff.design.wishes import as_overrides
+from molediff.oracles import Accuracy
+from molediff.targets import Target
+from shared import cli
+from shared.configuration import ConfigurationError
+from shared.metrics import mean
+from shared.sampling import time_grid
+
+folder = test_properties.folder
+SMALL = ["model.width=32", "model.layers=1", "model.vectors=8", "model.pairs=8"]
+
+
+@pytest.fixture(scope="module")
+def runs(folder, tmp_path_factory):
+    """Generator, energies and oracle after one step."""
+    base = tmp_path_factory.mktemp("runs")
+    common = [f"domain.data={folder}", "domain.properties=[odd,mass]", *SMALL, "seed=0"]
+    common += ["trainer.max_steps=1", "trainer.batch_size=4", "trainer.compile=false"]
+    for name, experiment in (("gen", "qm9"), ("energy", "qm9_energy"), ("oracle", "qm9_oracle")):
+        labels = [] if name == "gen" else ["domain.labels=all"]
+        words = ["train", f"experiment={experiment}", *common, *labels, f"out={base / name}"]
+        assert cli.main(PROGRAM, words) == 0
+    assert cli.main(PROGRAM, ["oracle", "measure", folder, f"run={base / 'oracle'}"]) == 0
+    return base
+
+
+def words(runs, out, *more):
+    own = [f"run={runs / 'gen'}", f"energies={runs / 'energy'}", f"oracle={runs / 'oracle'}"]
+    return ["design", *own, "xtb=false", "seed=3", "steps=4", f"out={out}", *more]
+
+
+# -- words ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "override"),
+    [
+        ("gap=5.0", "++targets.gap=5.0"),
+        ("gap=4,5", "++targets.gap=4,5"),
+        ("gap=5.0eV", "++targets.gap='5.0eV'"),
+        ("gap>5", "++targets.gap='>5'"),
+        ("gap >= 5 eV", "++targets.gap='>= 5 eV'"),
+        ("2<mu<3", "++targets.mu='2<mu<3'"),
+        ("mu=2.0..3.0", "++targets.mu='2.0..3.0'"),
+        ("homo=max", "++targets.homo='max'"),
+        ("n=64", "n=64"),
+        ("scaffold=C1CC[C@@H]1*", "scaffold='C1CC[C@@H]1*'"),
+        ("score=qed>0.6; has:C=O", "score='qed>0.6; has:C=O'"),
+        ("composition=C=6 N<=1", "composition='C=6 N<=1'"),
+    ],
+)
+def test_words_become_settings(word, override):
+    assert as_overrides([word]) == [override]
+
+
+def test_wishes_are_read_as_they_were_meant():
+    known = {"gap": {"unit": "eV", "mean": 6.9, "mad": 1.0, "min": 1.0, "max": 14.0}}
+    for value, text in ((5, "gap = 5 eV"), (">5", "gap >= 5 eV"), ("2<gap<3", "2 <= gap <= 3 eV")):
+        assert str(Wish({"gap": value}).parsed(known)[0]) == text
+    assert Wish(composition="C = 6, N<=1;F=0").limits == ["C=6", "N<=1", "F=0"]
+    scorers = Wish(score="qed>0.6; has:C=O").scorers
+    assert [s.name for s in scorers] == ["qed", "has:C=O"]
+    assert scorers[0].target is not None
+    for wrong in ("nonsense", "qed>much"):
+        with pytest.raises(ConfigurationError, match="score"):
+            _ = Wish(score=wrong).scorers
+
+
+# -- plans ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        (["colour=3"], "colour"),
+        (["mass=5eV"], "eV"),
+        (["mass=3..2"], "range"),
+        (["mass=1e4"], "outside the training data"),
+        (["mass=9", "scaffold=no/such.sdf"], "no/such.sdf"),
+        (["mass=9", "composition=Xx=1"], "Xx"),
+        (["mass=9", "score=nonsense"], "nonsense"),
+        (["mass=9", "energy=nowhere.py:f"], "nowhere.py"),
+        (["mass=9", "similar=CCO"], "fingerprints"),
+        (["mass=9", "strength=0", "condition=0"], "nothing steers"),
+        (["mass=9", "atoms=200..300"], "atoms"),
+        (["mass=9", "strength=-1"], "strength"),
+        (["mass>"], "mass"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(runs, tmp_path, capsys, wishes, message):
+    assert cli.main(PROGRAM, words(runs, tmp_path / "out", *wishes)) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert message in said[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_far_target_is_tried_when_told_to(runs, tmp_path, capsys):
+    cli.main(PROGRAM, words(runs, tmp_path, "mass=1e4", "n=2", "force=true"))
+    assert "warning: mass = 10000" in capsys.readouterr().out
+    assert (tmp_path / "report.html").exists()
+
+
+def test_energies_move_their_own_prediction_towards_the_target(runs):
+    """Strong guidance against none, judged by the network that guides."""
+    model = molediff.load(runs / "gen")
+    distance = {}
+    for strength in (0.0, 5.0):
+        plan = Plan(model, Wish({"mass": 9}), Steering(str(runs / "energy"), strength=strength))
+        assert len(plan.terms) == (strength > 0)
+        predict = plan.predictor.network.predict
+        x = plan.domain.template(0, range(8), atoms=6, mass=9)
+        start = model.denoiser.process.prior(
+            {k: normal(v.shape, i) for i, (k, v) in enumerate(x.state.items())}
+        )
+        solver, grid, steps = model.chosen("ddim", "time_uniform", 10)
+        process = model.denoiser.process
+        denoise = plan.denoise("cpu")
+        end = solver.solve(
+            process, partial(told, denoise, dict(x.cond)), start,
+            time_grid(process, solver, grid, steps), lambda name, j: pytest.fail('no noise'),
+        )  # fmt: skip
+        wanted = plan.domain.standardise(np.array([np.nan, 9.0]))[1]
+        distance[strength] = float((predict(end, 0.05)[:, 1] - wanted).abs().mean().detach())
+    assert distance[5.0] < 0.8 * distance[0.0]
+
+
+def told(denoise, cond, x, t):
+    return denoise(x, t, None, cond)
+
+
+def normal(shape, seed):
+    gen = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=gen)
+    return x - x.mean(1, keepdim=True) if shape[-1] == 3 else x
+
+
+# -- judging ----------------------------------------------------------------------------------
+
+
+class Counting:
+    """An oracle that knows the mass as three times the number of atoms."""
+
+    name = "counting"
+    accuracy = {"mass": Accuracy("", mean([0.0, 1.0]))}
+
+    def __call__(self, molecules):
+        values = [3.0 * len(m) if isinstance(m, molediff.Molecule) else np.nan for m in molecules]
+        return {"mass": np.array(values)}
+
+
+def test_ranking_prefers_valid_molecules_near_the_target():
+    known = {"mass": {"unit": "", "mean": 20.0, "mad": 5.0, "min": 3.0, "max": 40.0}}
+    target = Target.parse("mass=27", known)
+    judge = Judge([target], known, {"count": Counting()})
+    good = [test_properties.embedded(s) for s in ("CCO", "CO", "C=O")]  # 9, 6 and 4 atoms
+    lone = good[0].replace(positions=good[0].positions * 3.0, bonds=None, orders=None)
+    judged = judge([*good, lone, molediff.Invalid("x", "broken")])
+    assert judged[0].properties["mass_count"] == 27.0
+    assert isinstance(judged[4], molediff.Invalid)
+    order = ranked([judge.design(i, m) for i, m in enumerate(judged[:4])])
+    assert [d.index for d in order] == [0, 1, 2, 3]
+    assert [d.valid for d in order] == [True, True, True, False]
+    assert order[1].score == pytest.approx(9.0 / 5.0)
+    told = Known(("OCC", "CCCC", "not a smiles")).judged(order)
+    assert [d.novel for d in told] == [False, True, True, None]
+    assert told[0].similarity == 1.0
+
+
+# -- files ------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_everything_and_again_adds_only_what_is_missing(runs, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    wish = ["mass=9", "batch=2", "baseline=2"]
+    cli.main(PROGRAM, words(runs, whole, *wish, "n=5"))
+    cli.main(PROGRAM, words(runs, parts, *wish, "n=2"))
+    cli.main(PROGRAM, words(runs, parts, *wish, "n=5"))
+    molecules = list(molediff.read(whole / "molecules.sdf"))
+    assert [m.name for m in molecules] == [str(i) for i in range(5)]
+    assert {"mass_network"} <= set(molecules[0].properties)
+    for name in ("molecules.sdf", "molecules.csv", "manifest.jsonl"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
+    rows = list(csv.DictReader((whole / "molecules.csv").open()))
+    assert sorted(int(row["index"]) for row in rows) == list(range(5))
+    page = (whole / "report.html").read_text()
+    assert "unguided" in page
+    assert "mass = 9" in page
+    assert cli.main(PROGRAM, words(runs, whole, "mass=12", "n=5")) == 2  # another wish
+
+
+def test_a_killed_run_goes_on_where_it_stopped(runs, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    wish = ["mass=9", "n=6", "batch=1"]
+    cli.main(PROGRAM, words(runs, whole, *wish))
+    code = "import sys; from molediff.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *words(runs, killed, *wish)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    manifest = killed / "manifest.jsonl"
+    while not (manifest.exists() and manifest.stat().st_size) and process.poll() is None:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    cli.main(PROGRAM, words(runs, killed, *wish))
+    for name in ("molecules.sdf", "molecules.csv"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
+    records = [json.loads(line) for line in manifest.read_text().splitlines()]
+    assert [r["index"] for r in records] == list(range(6))
+
+
+def test_python_gives_ranked_molecules_that_can_be_written(runs, tmp_path):
+    model = molediff.load(runs / "gen")
+    seen = []
+    made = model.design(
+        mass="6..12", n=3, seed=1, steps=4, batch=2, xtb=False, seen=seen.append,
+        energies=str(runs / "energy"), oracle=str(runs / "oracle"),
+    )  # fmt: skip
+    assert len(made.molecules) + len(made.failures) == 3
+    assert len(seen) == len(made.designs)
+    assert made.metrics["valid"].n == 3
+    made.write(tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "molecules.sdf", "molecules.csv", "report.html"
+    }  # fmt: skip
+    again = model.design(
+        mass="6..12", n=3, seed=1, steps=4, batch=3, xtb=False,
+        energies=str(runs / "energy"), oracle=str(runs / "oracle"),
+    )  # fmt: skip
+    for a, b in zip(made.designs, again.designs, strict=True):
+        np.testing.assert_allclose(a.molecule.positions, b.molecule.positions, atol=1e-4)
+    with pytest.raises(ConfigurationError, match="colour"):
+        model.design(colour=3)
