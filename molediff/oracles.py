@@ -1,15 +1,15 @@
 """Oracles: methods that judge molecules and never steer them, each with its own held-out error.
 
-:class:`XTBOracle` is GFN2-xTB with one straight line per property onto the labels of QM9, because
-a minimal basis gives frontier orbitals on a scale of its own. It predicts homo, lumo, gap, mu and
-alpha, and no heat capacity: a single point has none.
+:class:`XTBOracle` is GFN2-xTB with a line per property onto the labels of QM9, because a minimal
+basis gives frontier orbitals on a scale of its own. It predicts homo, lumo, gap, mu and alpha, and
+no heat capacity: a single point has none.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +30,12 @@ from shared.randomness import stream
 REFERENCE = "B3LYP/6-31G(2df,p) labels of QM9"
 PROPERTIES = ("homo", "lumo", "gap", "mu", "alpha")
 SHIPPED = Path(__file__).parent / "pretrained" / "xtb_qm9"
+BENT = ("lumo", "gap")
+"""Where the lowest empty orbital is an antibonding one, xTB follows the labels one to one; above,
+they stay near the edge of the continuum, which a minimal basis has not: a line for each."""
 THROUGH_ZERO = ("mu",)  # a moment that symmetry forbids is zero in every method
+FITTED = ("unit", "slope", "intercept", "bend", "knot", "n")
+ENOUGH = 30  # molecules to see a bend at all
 PROGRAMS = ("tblite", "dftd4", "ase")
 
 
@@ -67,19 +72,22 @@ class Oracle(Protocol):
 
 @dataclass(frozen=True)
 class Line:
-    """label = ``slope`` * xTB + ``intercept``, by least squares over ``n`` training molecules.
-    ``raw`` and ``calibrated``: mean absolute errors over held-out molecules without and with it.
-    """
+    """label = ``slope`` x + ``intercept`` + ``bend`` max(x - ``knot``, 0) of the xTB value x, by
+    least squares over ``n`` training molecules. ``raw`` and ``calibrated``: mean absolute errors
+    over held-out molecules without and with it."""
 
     unit: str
     slope: float
     intercept: float
+    bend: float
+    knot: float
     n: int
     raw: Estimate
     calibrated: Estimate
 
     def __call__(self, values: Any) -> np.ndarray:
-        return self.slope * np.asarray(values, dtype=np.float64) + self.intercept
+        x = np.asarray(values, dtype=np.float64)
+        return self.slope * x + self.intercept + self.bend * np.maximum(x - self.knot, 0.0)
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ class Calibration:
         """Write it as JSON."""
         lines = {
             name: {
-                **{key: getattr(line, key) for key in ("unit", "slope", "intercept", "n")},
+                **{key: getattr(line, key) for key in FITTED},
                 "raw_mae": line.raw.as_json(),
                 "calibrated_mae": line.calibrated.as_json(),
             }
@@ -121,7 +129,7 @@ class Calibration:
             content = json.loads(path.read_text(encoding="utf-8"))
             lines = {
                 name: Line(
-                    **{key: row[key] for key in ("unit", "slope", "intercept", "n")},
+                    **{key: row[key] for key in FITTED},
                     raw=Estimate(**row["raw_mae"]),
                     calibrated=Estimate(**row["calibrated_mae"]),
                 )
@@ -147,11 +155,13 @@ def calibrate(
     *,
     seed: int = 0,
     relax: bool = False,
+    bent: Sequence[str] = BENT,
     processes: int = 0,
     progress: Progress | None = None,
 ) -> Calibration:
     """Fit the lines on ``n`` training molecules of ``data`` and measure them on ``held_out``
-    molecules of its validation part; both are drawn by ``seed`` among those with labels.
+    molecules of its validation part; both are drawn by ``seed`` among those with labels. The
+    lines of the properties ``bent`` may bend once, where there are ``ENOUGH`` molecules.
 
     Raises:
         ValueError: no labels, or fewer than three molecules that can be computed.
@@ -173,7 +183,10 @@ def calibrate(
         raise ValueError(f"{data.path}: too few molecules with labels that xTB can compute")
     made = table(found)
     labels = {name: np.array([m.properties[name] for m in items]) for name in known}
-    lines = {name: _line(name, made[name], labels[name], fit, good & ~fit) for name in known}
+    lines = {
+        name: _line(name, made[name], labels[name], fit, good & ~fit, name in bent)
+        for name in known
+    }
     source = f"{data.info['source'].get('kind', '')} {data.info['fingerprint'][:12]}".strip()
     return Calibration(
         lines, relax, seed, source=source, failed=int((~good).sum()), versions=program_versions()
@@ -196,16 +209,31 @@ def table(found: Iterable[xtb.Electronic | Invalid]) -> dict[str, np.ndarray]:
     }
 
 
-def _line(name: str, x: np.ndarray, y: np.ndarray, fit: np.ndarray, judge: np.ndarray) -> Line:
-    slope, intercept = _least_squares(x[fit], y[fit], through_zero=name in THROUGH_ZERO)
-    raw, calibrated = (np.abs(z - y)[judge] for z in (x, slope * x + intercept))
-    return Line(xtb.UNITS[name], slope, intercept, int(fit.sum()), mean(raw), mean(calibrated))
+def _line(
+    name: str, x: np.ndarray, y: np.ndarray, fit: np.ndarray, judge: np.ndarray, bent: bool
+) -> Line:
+    n, unknown = int(fit.sum()), Estimate(np.nan, 0, np.nan, np.nan)
+    slope, intercept, bend, knot = _least_squares(
+        x[fit], y[fit], bent and n >= ENOUGH, name in THROUGH_ZERO
+    )
+    line = Line(xtb.UNITS[name], slope, intercept, bend, knot, n, unknown, unknown)
+    raw, calibrated = (mean(np.abs(z - y)[judge]) for z in (x, line(x)))
+    return replace(line, raw=raw, calibrated=calibrated)
 
 
-def _least_squares(x: np.ndarray, y: np.ndarray, through_zero: bool) -> tuple[float, float]:
-    columns = np.stack([x, np.full_like(x, 0.0 if through_zero else 1.0)], axis=1)
-    slope, intercept = np.linalg.lstsq(columns, y)[0].tolist()
-    return slope, intercept
+def _least_squares(
+    x: np.ndarray, y: np.ndarray, bent: bool = False, through_zero: bool = False
+) -> tuple[float, float, float, float]:
+    """Slope, intercept, bend and knot; the knot is the best of the percentiles of ``x``."""
+    best, fitted = np.inf, (0.0, 0.0, 0.0, 0.0)
+    ones = np.full_like(x, 0.0 if through_zero else 1.0)
+    for knot in np.percentile(x, np.arange(5, 96)).tolist() if bent else [0.0]:
+        columns = np.stack([x, ones, bent * np.maximum(x - knot, 0.0)], axis=1)
+        slope, intercept, bend = np.linalg.lstsq(columns, y)[0].tolist()
+        error = float(np.square(columns @ (slope, intercept, bend) - y).sum())
+        if error < best:
+            best, fitted = error, (slope, intercept, bend, knot)
+    return fitted
 
 
 def program_versions() -> dict[str, str]:
@@ -293,14 +321,17 @@ def calibrate_verb(config: Any, program: Program, progress: Progress | None = No
         config.held_out,
         seed=config.seed,
         relax=config.relax,
+        bent=list(config.bent),
         processes=config.processes,
         progress=progress,
     )
     file = Path(config.out) / ("relaxed.json" if made.relax else "calibration.json")
     made.save(file)
     lines = [
-        f"{name}: {line.slope:.4f} * xTB {line.intercept:+.4f} {line.unit}, mean absolute error "
-        f"{line.calibrated} (uncalibrated {line.raw.value:.4g})"
+        f"{name}: mean absolute error {line.calibrated} {line.unit} (uncalibrated "
+        f"{line.raw.value:.4g}); slope {line.slope:.3g}"
+        + f", {line.slope + line.bend:.3g} above xTB's {line.knot:.3g}"
+        * bool(line.bend)
         for name, line in made.lines.items()
     ]
     return Outcome([*lines, f"written: {file}"], file)

@@ -11,6 +11,7 @@ from molediff.geometric.prepare import prepare
 from molediff.molecules import Molecule
 from molediff.oracles import Calibration, XTBOracle, calibrate, check_properties, shipped
 from shared.domains import Invalid
+from shared.metrics import Estimate
 
 pytest.importorskip("tblite")
 pytest.importorskip("dftd4")
@@ -54,6 +55,23 @@ def test_a_calibration_finds_the_lines_and_survives_its_file(made_up, tmp_path):
     assert Calibration.load(tmp_path / "new" / "c.json") == made
 
 
+def test_a_line_bends_where_the_labels_do():
+    x = np.random.default_rng(0).uniform(-3.0, 5.0, 400)
+    y = 0.9 * x + 2.0 - 0.7 * np.maximum(x - 1.0, 0.0)
+    slope, intercept, bend, knot = oracles._least_squares(x, y, bent=True)
+    assert (slope, intercept) == (pytest.approx(0.9, abs=0.02), pytest.approx(2.0, abs=0.02))
+    assert (bend, knot) == (pytest.approx(-0.7, abs=0.02), pytest.approx(1.0, abs=0.05))
+    none = Estimate(0.0, 0, 0.0, 0.0)
+    line = oracles.Line("eV", slope, intercept, bend, knot, 400, none, none)
+    assert line([-1.0, 4.0]) == pytest.approx([1.1, 3.5], abs=0.05)
+    assert oracles._least_squares(x, 2 * x, through_zero=True) == (
+        pytest.approx(2.0),
+        0.0,
+        0.0,
+        0.0,
+    )
+
+
 def test_the_verb_writes_what_the_function_finds(made_up, tmp_path, capsys):
     out = tmp_path / "out"
     words = ["oracle", "calibrate", str(made_up.path), "n=4", "held_out=2", "seed=3", f"out={out}"]
@@ -85,6 +103,8 @@ def test_what_is_shipped_beats_the_bare_values(relax):
         assert line.calibrated.n + found.failed >= 200
         assert line.calibrated.high < line.raw.low
         assert line.calibrated.low < line.calibrated.value < line.calibrated.high
+        assert min(line.slope, line.slope + line.bend) > 0  # larger by xTB is larger
+    assert {name for name, line in found.lines.items() if line.bend} == set(oracles.BENT)
 
 
 def test_an_oracle_gives_nan_where_it_fails():
@@ -96,7 +116,7 @@ def test_an_oracle_gives_nan_where_it_fails():
         np.testing.assert_array_equal(np.isnan(values), [False, True, True, False])
     raw = xtb.compute(geometry("O")).gap
     line = oracle.calibration.lines["gap"]
-    assert found["gap"][3] == pytest.approx(line.slope * raw + line.intercept)
+    assert found["gap"][3] == line(raw)
     assert oracle([])["mu"].shape == (0,)
     reasons = [r.reason for r in oracle.stream([squeezed, Invalid("x", "no atoms")])]
     assert reasons == ["atoms 0 and 1 are 0 Angstrom apart", "no atoms"]
