@@ -87,6 +87,11 @@ VERBS = {
         "shared.distillation:distill",
         examples=("run=runs/mine steps=4 first=32 out=runs/four",),
     ),
+    "share": Verb(
+        "write the weights of a run small, to be shared",
+        "shared.verbs:share",
+        examples=("run=runs/mine out=mine",),
+    ),
     "convert": Verb(
         "turn the checkpoint of another program into a run folder",
         "shared.verbs:convert",

@@ -62,6 +62,11 @@ class Domain(ABC, Generic[Item]):
         """The constants that travel with the weights, JSON-able: feature scales, element list,
         histogram of sizes, means of properties with their units."""
 
+    def keepsakes(self) -> dict[str, bytes]:
+        """File name -> content of what should stand beside shared weights, from the data where
+        they are at hand."""
+        return {}
+
     @abstractmethod
     def restore(self, statistics: Mapping[str, Any]) -> None:
         """Take the constants of a checkpoint in place of those of the data.

@@ -20,10 +20,10 @@ STEMS = ("samples", "molecules")
 class Folder:
     """A folder of samples that grows chunk by chunk and survives a kill.
 
-    ``samples<suffix>`` (or another ``stem``) holds the decoded items, ``manifest.jsonl`` one :class:`Record` per sample,
-    ``settings.json`` what made them. Items are written before their records, so opening the folder
-    again cuts a torn last line and items without records: what is left is consistent, and at
-    most the chunk in flight is lost.
+    ``samples<suffix>`` (or another ``stem``) holds the decoded items, ``manifest.jsonl`` one
+    :class:`Record` per sample, ``settings.json`` what made them. Items are written before their
+    records, so opening the folder again cuts a torn last line and items without records: what is
+    left is consistent, and at most the chunk in flight is lost.
 
     Raises:
         ValueError: the folder was made with other settings, or its files were changed.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shared import checkpoints
 from shared.batches import Batches
-from shared.checkpoints import GAMMA
+from shared.checkpoints import GAMMA, write_atomically
 from shared.cli import Converter, Outcome, Program, Progress, find
 from shared.configuration import ConfigurationError, build, option, plain
 from shared.denoisers import Denoiser
@@ -34,7 +34,11 @@ from shared.sampling import Memory
 from shared.sampling import sample as run_sampling
 from shared.variance import estimate_gamma, save_gamma
 
-__all__ = ["convert", "evaluate", "report", "sample", "state_keys", "train", "variance"]
+__all__ = ["convert", "evaluate", "report", "sample", "share", "state_keys", "train", "variance"]
+
+
+SHARED = ("domain", "model", "schedule", "trainer", "solver", "grid", "steps")
+"""The parts of a configuration that go with shared weights."""
 
 
 def _now() -> str:
@@ -213,6 +217,42 @@ def _head(
     last = losses[-max(1, len(losses) // 10) :]
     file = save_head(folder, head)
     return Outcome((f"head ({config.kind}, loss {sum(last) / len(last):.4g}): {file}",), file)
+
+
+# -- share ------------------------------------------------------------------------------------
+
+
+def share(config: DictConfig, program: Program, progress: Progress | None = None) -> Outcome:
+    """Write the weights of a run without what only training needs, small, to be shared: averaged
+    weights, constants of the domain, and what stands beside them (Gamma, errors of an oracle)."""
+    if config.out is None:
+        raise ConfigurationError("share: 'out' is missing; give out=FOLDER.")
+    dtypes = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    if config.dtype not in dtypes:
+        raise ConfigurationError(f"dtype={config.dtype}: choose one of {', '.join(dtypes)}.")
+    out, model = Path(config.out), load(config.run, config.checkpoint)
+    program.check_domain(model.checkpoint.config["domain"])
+    if out.exists() and any(out.iterdir()):
+        raise ConfigurationError(f"out={out} exists already; choose another folder.")
+    stored = model.checkpoint
+    domain = build(OmegaConf.create(dict(stored.config["domain"])))
+    settings = plain(OmegaConf.create(dict(stored.config)))
+    settings["domain"] |= {"data": None} if "data" in settings["domain"] else {}
+    checkpoints.save(
+        out,
+        model.denoiser,
+        config={k: settings[k] for k in SHARED if k in settings},
+        domain=stored.statistics,
+        step=stored.step,
+        dtype=dtypes[config.dtype],
+    )
+    for name, content in domain.keepsakes().items():
+        write_atomically(out / name, content)
+    for file in stored.path.glob("*"):
+        if not file.name.startswith(("weights-", "ema-", "training-", checkpoints.MANIFEST)):
+            write_atomically(out / file.name, file.read_bytes())
+    size = sum(file.stat().st_size for file in out.iterdir())
+    return Outcome((f"written: {out} ({size / 1e6:.1f} MB)",), out)
 
 
 # -- convert ----------------------------------------------------------------------------------

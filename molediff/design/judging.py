@@ -17,6 +17,8 @@ import numpy as np
 from rdkit import Chem, DataStructs, rdBase
 from rdkit.Chem import rdFingerprintGenerator
 
+from molediff.geometric.data import MoleculeData
+from molediff.geometric.domain import TRAINING
 from molediff.geometric.energies import Composition
 from molediff.geometric.stability import valence_verdicts
 from molediff.molecules import Molecule
@@ -139,9 +141,6 @@ def ranked(designs: Sequence[Design]) -> list[Design]:
 
 # -- novelty ----------------------------------------------------------------------------------
 
-TRAINING = "smiles.txt.xz"
-"""SMILES of the training molecules, beside the weights of a shipped model."""
-
 
 @dataclass(frozen=True)
 class Known:
@@ -157,8 +156,6 @@ class Known:
             return cls(tuple(lzma.decompress(file.read_bytes()).decode().split()))
         folder = model.checkpoint.config["domain"].get("data")
         if folder and (Path(folder) / "data.json").exists():
-            from molediff.geometric.data import MoleculeData
-
             found = tuple(s for s in MoleculeData(folder).subset("train").smiles() if s)
             return cls(found) if found else None
         return None

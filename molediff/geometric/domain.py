@@ -6,6 +6,7 @@ rows times ``scale``; with ``charges`` also 'charges' [b, n, 1].
 
 from __future__ import annotations
 
+import lzma
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,9 @@ from shared.domains import Batch, Domain, Invalid
 from shared.metrics import Estimate
 from shared.process import State
 from shared.randomness import stream
+
+TRAINING = "smiles.txt.xz"
+"""SMILES of the training molecules, beside the weights of a shared model."""
 
 
 class Record(NamedTuple):
@@ -146,6 +150,13 @@ class Molecules(Domain[Molecule]):
         rows = stream(0, 0, "known", 0).permutation(rows)[:most]
         table = np.column_stack([training.sizes[rows], values[rows]])
         return [[float(f"{value:.5g}") for value in row] for row in table]
+
+    def keepsakes(self) -> dict[str, bytes]:
+        """SMILES of the training molecules, for novelty."""
+        if self.data is None or not (Path(self.data) / "data.json").exists():
+            return {}
+        smiles = [text for text in self._loaded.subset("train").smiles() if text]
+        return {TRAINING: lzma.compress("\n".join(smiles).encode())} if smiles else {}
 
     def restore(self, statistics: Mapping[str, Any]) -> None:
         found = statistics.get("domain")

@@ -75,3 +75,16 @@ def test_an_oracle_knows_its_own_error(folder, run):
     errors = np.abs(oracle(list(held_out))["mass"] - held_out.column("mass"))
     assert oracle.accuracy["mass"].mae.value == pytest.approx(errors.mean(), rel=1e-5)
     assert oracle.accuracy["mass"].mae.n == len(held_out)
+
+
+def test_a_shared_model_predicts_the_same_without_the_data(run, tmp_path):
+    assert cli.main(PROGRAM, ["share", f"run={run}", f"out={tmp_path / 'small'}"]) == 0
+    names = {path.name.partition("-")[0] for path in (tmp_path / "small").iterdir()}
+    assert names >= {"checkpoint.json", "weights", "smiles.txt.xz"}
+    assert not names & {"training", "ema"}
+    molecules = [embedded(s) for s in ("CCO", "O")]
+    ours, theirs = (Predictor.load(r)(molecules)["mass"] for r in (run, tmp_path / "small"))
+    np.testing.assert_allclose(ours, theirs, rtol=2e-2, atol=0.1)
+    stored = json.loads((tmp_path / "small" / "checkpoint.json").read_text())
+    assert stored["config"]["domain"]["data"] is None
+    assert cli.main(PROGRAM, ["share", f"run={run}", f"out={tmp_path / 'small'}"]) == 2
