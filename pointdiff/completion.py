@@ -84,6 +84,6 @@ def load(
         FileNotFoundError: no such run. ValueError: a model of something else.
     """
     model = models.load(run, checkpoint)
-    if not isinstance(model.domain, Completion):
+    if model.domain.name != Completion.name:
         raise ValueError(f"{run} is a model of {model.domain.name}, not of completion.")
     return Completer(model, None if refine is None else refinement.load(refine))
