@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+LOG2_E = 1.0 / math.log(2.0)
 LONG_ROW = 16
 """From this batch size on, products run over rows of the batch."""
 
@@ -44,7 +45,8 @@ def propagate(adjacency: Tensor, x: Tensor) -> Tensor:
 
 
 def sum_of_sigmoids(q: Tensor, k: Tensor) -> Tensor:
-    """The sum over the heads of sigmoid(q . k), [C, n, n, b]; ``q``, ``k`` [C, H, d, n, b]."""
+    """The sum over the heads of 1 / (1 + 2^(q . k)), [C, n, n, b]; ``q``, ``k`` [C, H, d, n, b].
+    This is sigmoid(-q . k log 2), and quicker than sigmoid."""
     if torch.is_grad_enabled() or q.shape[-1] < LONG_ROW:
         q, k = q.permute(0, 1, 4, 3, 2), k.permute(0, 1, 4, 2, 3)
         scores = (q.contiguous() @ k.contiguous()).permute(0, 1, 3, 4, 2)
@@ -52,22 +54,26 @@ def sum_of_sigmoids(q: Tensor, k: Tensor) -> Tensor:
         scores = q[:, :, 0, :, None] * k[:, :, 0, None]
         for d in range(1, q.shape[2]):
             scores.addcmul_(q[:, :, d, :, None], k[:, :, d, None])
-    return torch.sigmoid(scores).sum(1)
+        return scores.exp2_().add_(1.0).reciprocal_().sum(1)
+    return torch.sigmoid(-scores / LOG2_E).sum(1)
 
 
 def elu(x: Tensor) -> Tensor:
-    """ELU as max(exp(min(x, 0)) - 1, x), which is quicker than expm1."""
+    """ELU as max(2^(min(x, 0) log2 e) - 1, x): exp2 takes half the time of exp, exp half of
+    expm1."""
     if torch.is_grad_enabled():
         return F.elu(x)
-    low = x.clamp(max=0.0).exp_().sub_(1.0)
+    low = torch.mul(x, LOG2_E).clamp_(max=0.0).exp2_().sub_(1.0)
     return torch.maximum(low, x, out=low)
 
 
 def normalised(looped: Tensor) -> Tensor:
     """D^-1/2 (A + I) D^-1/2 with degrees of at least 1 (noisy adjacencies can be negative);
-    ``looped`` = A + I, [C, n, n, b]."""
+    ``looped`` = A + I, [C, n, n, b], is overwritten where no gradient is needed."""
     scale = looped.sum(2).clamp(min=1.0).rsqrt()
-    return looped * scale[:, :, None] * scale[:, None]
+    if torch.is_grad_enabled():
+        return looped * scale[:, :, None] * scale[:, None]
+    return looped.mul_(scale[:, :, None]).mul_(scale[:, None])
 
 
 @dataclass(frozen=True)
@@ -133,16 +139,17 @@ class Perceptron(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.after_first(self._linear(0, x))
 
-    def after_first(self, x: Tensor) -> Tensor:
-        """The rest, given the output of the first linear layer."""
-        for k in range(1, len(self.linears)):
-            x = self._linear(k, elu(x))
-        return x
+    def after_first(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """``scale`` times the rest, given the output of the first linear layer."""
+        last = len(self.linears) - 1
+        for k in range(1, last + 1):
+            x = self._linear(k, elu(x), scale if k == last else 1.0)
+        return x if last else scale * x
 
-    def _linear(self, k: int, x: Tensor) -> Tensor:
+    def _linear(self, k: int, x: Tensor, scale: float = 1.0) -> Tensor:
         linear = self.linears[k]
         assert isinstance(linear, nn.Linear)
-        return torch.addmm(linear.bias[:, None], linear.weight, x)
+        return torch.addmm(linear.bias[:, None], linear.weight, x, beta=scale, alpha=scale)
 
 
 def _glorot(*shape: int) -> nn.Parameter:
@@ -212,10 +219,17 @@ class AttentionLayer(nn.Module):
             x = mixed.reshape(-1, *shape[1:]) * pairs.mask
         if self.to_edges:
             sums = pairs.both_ways(sum_of_sigmoids(*self._queries_and_keys(heard, shape)))
-            scores = sums / self.heads - 1.0  # tanh(s / 2) = 2 sigmoid(s) - 1
-            both = torch.cat([scores, edges])
-            edges = self.mix_edges(both).mul(2.0)  # E + E^T of a symmetric E
+            edges = self.mix_edges.after_first(self._mixed_edges(sums, edges), scale=2.0)
         return x, edges
+
+    def _mixed_edges(self, sums: Tensor, edges: Tensor) -> Tensor:
+        """The first linear map of ``mix_edges`` on the attention scores sums / heads - 1 (tanh(s
+        / 2) = 2 sigmoid(s) - 1) and on the channels, [hidden, pairs]."""
+        linear = self.mix_edges.linears[0]
+        assert isinstance(linear, nn.Linear)
+        ours, theirs = linear.weight.split(len(edges), 1)
+        first = torch.addmm((linear.bias - ours.sum(1))[:, None], ours / self.heads, sums)
+        return torch.addmm(first, theirs, edges)
 
     def _mixed_values(self, heard: Tensor) -> Tensor:
         """The first linear map of ``mix_nodes`` on the values of all channels, [hidden, n b]."""
@@ -227,9 +241,9 @@ class AttentionLayer(nn.Module):
         return torch.addmm(bias[:, None], weight, heard.reshape(weight.shape[1], -1))
 
     def _queries_and_keys(self, heard: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Both [C, H, d, n, b]; a query times a key is twice the published score, because a
-        sigmoid costs a fraction of a tanh."""
-        scale = 2.0 / math.sqrt(self.outputs)
+        """Both [C, H, d, n, b]; a query times a key is -2 log2 e times the published score, as
+        :func:`sum_of_sigmoids` wants it: tanh costs several times as much."""
+        scale = -2.0 * LOG2_E / math.sqrt(self.outputs)
         weight = torch.cat([scale * self.query, self.key], -1).transpose(1, 2)
         bias = torch.cat([scale * self.query_bias, self.key_bias], -1)[..., None]
         both = torch.baddbmm(bias, weight, heard)

@@ -118,6 +118,7 @@ class GraphScoreNetwork(nn.Module):
     def __init__(self, nodes: nn.Module, edges: nn.Module) -> None:
         super().__init__()
         self.nodes, self.edges = nodes, edges
+        self._seen: tuple[Tensor | None, int, list[Pairs]] = (None, 0, [])
 
     @classmethod
     def build(
@@ -157,14 +158,27 @@ class GraphScoreNetwork(nn.Module):
         if mask is None:
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         count = round(len(x) / max(LONG_ROW, CHUNK // x.shape[1] ** 2))
-        if torch.is_grad_enabled() or x.device.type != "cpu" or count < 2:
-            return self._score(x, adjacency, mask)
-        parts = (torch.tensor_split(value, count) for value in (x, adjacency, mask))
-        scores = [self._score(*part) for part in zip(*parts, strict=True)]
+        count = 1 if torch.is_grad_enabled() or x.device.type != "cpu" else max(count, 1)
+        pairs = self._pairs(mask, count, x.dtype)
+        parts = zip(
+            torch.tensor_split(x, count), torch.tensor_split(adjacency, count), pairs, strict=True
+        )
+        scores = [self._score(*part) for part in parts]
+        if count == 1:
+            return scores[0]
         return {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
 
-    def _score(self, x: Tensor, adjacency: Tensor, mask: Tensor) -> State:
-        pairs = Pairs.of(mask, x.dtype)
+    def _pairs(self, mask: Tensor, count: int, dtype: torch.dtype) -> list[Pairs]:
+        """The pairs of every chunk; a sampler asks with the same mask again and again."""
+        known, version, pairs = self._seen
+        if known is mask and version == mask._version and len(pairs) == count:
+            if pairs[0].mask.dtype == dtype:
+                return pairs
+        pairs = [Pairs.of(part, dtype) for part in torch.tensor_split(mask, count)]
+        self._seen = (mask, mask._version, pairs)
+        return pairs
+
+    def _score(self, x: Tensor, adjacency: Tensor, pairs: Pairs) -> State:
         x, adjacency = x.permute(2, 1, 0).contiguous(), adjacency.permute(1, 2, 0).contiguous()
         return {
             "nodes": self.nodes(x, adjacency, pairs).permute(2, 1, 0).contiguous(),

@@ -202,6 +202,7 @@ def test_published_discretisation(golden) -> None:
 
 class Data:
     features = 4
+    sizes = {5: 1, 7: 1}  # noqa: RUF012
     second_moments = {"nodes": 0.25, "edges": 0.1}  # noqa: RUF012
 
 
