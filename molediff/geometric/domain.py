@@ -143,7 +143,7 @@ class Molecules(Domain[Molecule]):
     def _known(self, training: MoleculeData, most: int = 2000) -> list[list[float | None]]:
         """Number of atoms and properties of some molecules: where sizes that suit a wanted
         property are drawn from."""
-        if not self.properties:
+        if not self.properties or self.labelled:
             return []
         values = self._values(training)
         rows = np.flatnonzero(~np.isnan(values).any(1))
@@ -152,8 +152,8 @@ class Molecules(Domain[Molecule]):
         return [[float(f"{value:.5g}") for value in row] for row in table]
 
     def keepsakes(self) -> dict[str, bytes]:
-        """SMILES of the training molecules, for novelty."""
-        if self.data is None or not (Path(self.data) / "data.json").exists():
+        """SMILES of the training molecules, for novelty; none for a model of labels."""
+        if self.labelled or self.data is None or not (Path(self.data) / "data.json").exists():
             return {}
         smiles = [text for text in self._loaded.subset("train").smiles() if text]
         return {TRAINING: lzma.compress("\n".join(smiles).encode())} if smiles else {}
