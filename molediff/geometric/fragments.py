@@ -124,19 +124,25 @@ def _embedded(smiles: str, hydrogens: bool = False) -> Molecule:
     whole = _in_space(filled, smiles)
     every = hydrogens or bool(stars)
     kept = [i for i, z in enumerate(whole.atomic_numbers) if i not in stars and (every or z > 1)]
+    if not (whole.atomic_numbers[kept] > 1).any():
+        raise ConfigurationError(f"scaffold '{smiles}' has no heavy atoms: name some.")
     return _cut(whole, kept)
 
 
 def _in_space(mol: Chem.Mol, smiles: str) -> Molecule:
-    with rdBase.BlockLogs():
-        Chem.SanitizeMol(mol)
-        mol = Chem.AddHs(mol)
-        if rdDistGeom.EmbedMolecule(mol, randomSeed=0) != 0:
-            raise ConfigurationError(
-                f"scaffold '{smiles}' cannot be embedded in 3D: give a file with positions."
-            )
-        if rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
-            rdForceFieldHelpers.MMFFOptimizeMolecule(mol)
+    try:
+        with rdBase.BlockLogs():
+            Chem.SanitizeMol(mol)
+            mol = Chem.AddHs(mol)
+            placed = rdDistGeom.EmbedMolecule(mol, randomSeed=0) == 0
+            if placed and rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
+                rdForceFieldHelpers.MMFFOptimizeMolecule(mol)
+    except ValueError:  # such as a star with two bonds
+        placed = False
+    if not placed:
+        raise ConfigurationError(
+            f"scaffold '{smiles}' cannot be embedded in 3D: give a file with positions."
+        )
     return Molecule.from_rdkit(mol)
 
 

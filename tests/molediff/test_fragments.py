@@ -92,6 +92,8 @@ def test_a_file_of_smiles_is_embedded_with_its_hydrogens(tmp_path):
         ("missing.sdf:0,1", r"'missing.sdf' cannot be read"),
         ("C1CC", r"'C1CC' is neither a file of molecules nor a SMILES"),
         ("frag.mol2", r"'frag.mol2' is neither"),
+        ("*", r"'\*' has no heavy atoms"),
+        ("*(C)C", r"'\*\(C\)C' cannot be embedded in 3D: give a file"),
         ("C.O", r"'C.O' has several parts.*give a file"),
         ("{ethanol}:0,9", r"no atom 9; its 9 atoms are counted from 0 to 8"),
         ("{ethanol}:", r"'' is not an atom: write numbers from 0"),
