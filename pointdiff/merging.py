@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pointdiff.ops import farthest_points, knn, take
 
-REACH = 3.0
+REACH = 5.0
 """Generated points count as lying on the scan up to so many times the median distance between
 neighbours of it."""
 
