@@ -5,7 +5,7 @@ What does the work is imported when a file is read, so that the command line sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,28 @@ def read(path: Path) -> Any:
 
 
 def is_edm(keys: frozenset[str]) -> bool:
-    """Whether these are the tensors of an unconditional EDM denoiser."""
+    """Whether these are the tensors of an EDM denoiser."""
     return any(key.endswith("egnn.e_block_0.gcl_equiv.coord_mlp.0.weight") for key in keys)
 
 
-def convert_edm(content: Mapping[str, Any], path: Path, out: Path) -> None:
-    """An EDM denoiser trained without context -> a checkpoint folder. The sizes of its training
-    molecules are not in the file: sampling takes ``request.atoms``.
+def convert_edm(
+    content: Mapping[str, Any],
+    path: Path,
+    out: Path,
+    sizes: str | None = None,
+    properties: Sequence[str] = (),
+) -> str | None:
+    """An EDM denoiser -> a checkpoint folder.
+
+    Args:
+        sizes: its training data, a folder made by ``molediff data prepare``. Without it,
+            sampling takes ``request.atoms``.
+        properties: columns of these data that a conditional model was told, in its order (no
+            charges and one-hot rows of 1/8, as published).
 
     Raises:
-        ValueError: a number of features that belongs to no published unconditional model.
+        ValueError: a number of features that belongs to no published model, or properties
+            without data.
     """
     from molediff.geometric.convert import edm_options, edm_weights
     from molediff.geometric.domain import Molecules
@@ -45,22 +57,27 @@ def convert_edm(content: Mapping[str, Any], path: Path, out: Path) -> None:
     from shared.configuration import build, option, plain
 
     width = next(v.shape[1] for k, v in content.items() if k.endswith("egnn.embedding.weight"))
-    features = width - 1  # the rest is the time
-    if features not in SETS:
+    features = width - 1 - len(properties)  # the rest is the time and the context
+    if features not in SETS or (properties and SETS[features][1]):
         raise ValueError(
-            f"{path}: {features} features per atom belong to no unconditional EDM model of QM9 "
-            f"or GEOM ({', '.join(map(str, SETS))}); conditional ones are not converted."
+            f"{path}: {features} features per atom belong to no EDM model of QM9 or GEOM "
+            f"({', '.join(map(str, SETS))}) told {len(properties)} properties; give those of a "
+            "conditional one, properties=[alpha]."
         )
+    if properties and sizes is None:
+        raise ValueError("properties: give sizes=FOLDER too, data with their mean and spread.")
     elements, charges = SETS[features]
     options = edm_options(content)
     model = option("model", "egnn", width=options.width, layers=options.layers)
     model.attention = options.attention
-    domain = option("domain", "molecules", charges=charges)
+    scale = 0.125 if properties else 0.25
+    domain = option("domain", "molecules", charges=charges, scale=scale)
+    domain.properties = list(properties)
     schedule = option("schedule", "polynomial")
     statistics = {
         "domain": Molecules.name,
         "elements": list(elements),
-        "scale": 0.25,
+        "scale": scale,
         "charges": charges,
         "charge_scale": 0.1,
         "position_std": 1.0,
@@ -68,12 +85,17 @@ def convert_edm(content: Mapping[str, Any], path: Path, out: Path) -> None:
         "element_counts": {},
         "properties": {},
     }
+    if sizes is not None:
+        data = build({**plain(domain), "data": str(sizes)}).statistics()
+        kept = ("sizes", "element_counts", "properties", "context", "known")
+        statistics |= {key: data[key] for key in kept} | {"free": False}
     built = build(domain)
     built.restore(statistics)
     denoiser = build(model, domain=built, schedule=build(schedule))
     denoiser.backbone.load_state_dict(edm_weights(content, features))
     config = {"domain": plain(domain), "model": plain(model), "schedule": plain(schedule)}
     checkpoints.save(out, denoiser, config=config, domain=statistics, step=0)
+    return None if sizes else "give request.atoms=N when you sample, or convert with sizes=FOLDER"
 
 
 def is_gdss(keys: frozenset[str]) -> bool:

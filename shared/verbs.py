@@ -268,7 +268,7 @@ def convert(config: DictConfig, program: Program, progress: Progress | None = No
             out = Path(config.out or path.with_suffix(""))
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise ConfigurationError(f"out={out} exists already; choose another folder.")
-            note = converter.convert(content, path, out, **_sizes(config.sizes, converter))
+            note = converter.convert(content, path, out, **_extras(config, converter))
             return Outcome((f"converted ({converter.name}): {out}", *filter(None, (note,))), out)
     known = ", ".join(converter.name for converter in program.converters) or "none"
     raise ConfigurationError(
@@ -277,12 +277,16 @@ def convert(config: DictConfig, program: Program, progress: Progress | None = No
     )
 
 
-def _sizes(data: Any, converter: Converter) -> dict[str, Any]:
-    if data is None:
-        return {}
-    if "sizes" not in inspect.signature(converter.convert).parameters:
-        raise ConfigurationError(f"sizes={data}: a checkpoint of {converter.name} needs none.")
-    return {"sizes": data}
+def _extras(config: Any, converter: Converter) -> dict[str, Any]:
+    """What the user tells of a checkpoint, as far as its converter takes it."""
+    given = {key: config[key] for key in ("sizes", "properties") if config[key]}
+    taken = inspect.signature(converter.convert).parameters
+    for key, value in given.items():
+        if key not in taken:
+            raise ConfigurationError(
+                f"{key}={value}: a checkpoint of {converter.name} takes none."
+            )
+    return given
 
 
 def state_keys(content: Any, prefix: str = "") -> list[str]:

@@ -77,3 +77,10 @@ def test_oracles(tmp_path):
 def test_the_tables_of_the_readme_are_those_of_the_benchmarks():
     page = (ROOT / "README.md").read_text()
     assert readme.filled(page, ROOT / "benchmarks" / "results") == page
+
+
+def test_design(tmp_path):
+    rows = run("design", tmp_path, "--no-xtb", "--energies", "qm9_energy")["rows"]
+    assert len(rows) == 1
+    assert rows[0]["errors"]["gap_network"]["n"] == 4
+    assert rows[0]["calls"] == 4

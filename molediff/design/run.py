@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,7 @@ from molediff.files import write
 from molediff.geometric.predicting import NetworkOracle
 from molediff.molecules import Molecule
 from molediff.oracles import Oracle, XTBOracle, shipped
+from molediff.scorers import Scorer
 from shared.cli import Outcome, Program, Progress
 from shared.configuration import ConfigurationError, plain
 from shared.domains import Invalid
@@ -95,9 +96,13 @@ class Designs:
 
 
 def oracles(
-    model: Model[Any], oracle: str | None = "auto", xtb: bool | str = "auto"
+    model: Model[Any],
+    oracle: str | None = "auto",
+    xtb: bool | str = "auto",
+    scorers: Sequence[Scorer] = (),
 ) -> dict[str, Oracle]:
-    """Short name -> what judges the molecules of a generator.
+    """Short name -> what judges the molecules of a generator; xTB does not where one of the
+    ``scorers`` steers by it.
 
     Raises:
         ConfigurationError: xTB is asked for but not installed, or an unknown choice.
@@ -113,7 +118,8 @@ def oracles(
         raise ConfigurationError(
             f"xtb={xtb}: needs tblite and dftd4; install molediff[chemistry]."
         )
-    if xtb is not False and installed:
+    steers = any(scorer.name.startswith("xtb_") for scorer in scorers)
+    if xtb is not False and installed and not steers:
         found["xtb"] = XTBOracle(shipped(relax=xtb == "relax"))
     return found
 
@@ -154,7 +160,7 @@ def design(
     seed: int | None = None,
     solver: str | Solver = "auto",
     grid: str | Grid = "auto",
-    steps: int = 100,
+    steps: int | None = None,
     batch: int = 16,
     device: str = "auto",
     force: bool = False,
@@ -166,7 +172,7 @@ def design(
     """Design molecules with a generator: ``design(load("qm9"), gap=5.0, n=64, seed=0)``.
 
     Args:
-        steps: denoiser calls per molecule.
+        steps: denoiser calls per molecule; None: 100, with a scaffold 200.
         force: go on although a target lies outside the training data.
         oracle, xtb: what judges; see ``molediff design --help``.
         seen: called with every design as soon as it is there.
@@ -183,16 +189,23 @@ def design(
     plan = Plan(model, Wish(targets, **fields), Steering(**steer))
     warnings = plan.check(force)
     seed = secrets.randbelow(2**31) if seed is None else seed
-    how = Sampling(n, seed, *model.chosen(solver, grid, steps), batch, find_device(device))
+    how = Sampling(
+        n, seed, *model.chosen(solver, grid, _steps(steps, plan)), batch, find_device(device)
+    )
     judge = Judge(
-        plan.targets, plan.properties, oracles(model, oracle, xtb), plan.composition,
-        plan.wish.scorers,
+        plan.targets, plan.properties, oracles(model, oracle, xtb, plan.wish.scorers),
+        plan.composition, plan.wish.scorers,
     )  # fmt: skip
     memory = Memory()
     judged = Judged(memory, judge, seen or (lambda design: None))
     sampled(plan, how, judged)
     failures = [item for item in memory.items.values() if isinstance(item, Invalid)]
     return Designs(finished(model, judged), failures, judge, seed, n, tuple(warnings))
+
+
+def _steps(given: int | None, plan: Plan) -> int:
+    """Resampling around a scaffold passes every time several times."""
+    return given or (100 if plan.wish.scaffold is None else 200)
 
 
 def _best_facts(designs: list[Design]) -> dict[str, Any]:
@@ -214,10 +227,11 @@ def design_verb(config: DictConfig, program: Program, progress: Progress | None 
     plan = Plan(model, wish, steering)
     warnings = plan.check(bool(config.force))
     judge = Judge(
-        plan.targets, plan.properties, oracles(model, config.oracle, config.xtb),
+        plan.targets, plan.properties, oracles(model, config.oracle, config.xtb, wish.scorers),
         plan.composition, wish.scorers,
     )  # fmt: skip
     out, seed = _folder(config, wish)
+    config.steps = _steps(config.steps, plan)
     chosen = settled(config, plan.domain, model.checkpoint)
     how = Sampling(
         config.n,

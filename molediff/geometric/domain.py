@@ -287,6 +287,10 @@ class Molecules(Domain[Molecule]):
         known = self.statistics()["properties"]
         for target in self.targets(request):
             values[:, self.properties.index(target.name)] = target.draw(known, seed, indices)
+        if not self.statistics().get("free", True):  # a network that must be told everything
+            table = np.array(self.statistics()["known"], dtype=np.float64)[:, 1:]
+            rows = [stream(seed, i, "told", 0).integers(len(table)) for i in indices]
+            values = np.where(np.isnan(values), table[rows], values)
         return self.standardise(values) if self.properties else values.astype(np.float32)
 
     def _sizes(

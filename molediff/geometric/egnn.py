@@ -354,4 +354,6 @@ def _context(cond: Mapping[str, Tensor] | None, width: int) -> Tensor:
         raise ValueError(
             f"EGNN: cond['context'] has shape {tuple(context.shape)}, expected [batch, {width}]."
         )
+    if bool(context.isnan().any()):
+        raise ValueError("EGNN: this network has no token for a property that is not given.")
     return context

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import pytest
+import test_properties
 import torch
 
 from molediff.cli import PROGRAM
 from shared.cli import main
 from shared.models import load
+
+folder = test_properties.folder
 
 
 def test_an_edm_checkpoint_becomes_a_model(golden, tmp_path):
@@ -29,6 +32,30 @@ def test_an_edm_checkpoint_becomes_a_model(golden, tmp_path):
     )
     eps = torch.cat([seen[name].eps for name in ("positions", "types", "charges")], -1)
     torch.testing.assert_close(eps, tensors["step_s1.eps_hat"], rtol=1e-8, atol=1e-8)
+
+
+def test_a_conditional_edm_checkpoint_is_told_its_property(golden, folder, tmp_path):
+    tensors, info = golden("02_edm_process_qm9_cond")
+    state = {
+        k.replace("state.", "dynamics.", 1): v for k, v in tensors.items() if k[:6] == "state."
+    }
+    torch.save(state, tmp_path / "generative_model_ema.npy")
+    words = ["convert", str(tmp_path / "generative_model_ema.npy"), f"out={tmp_path / 'edm'}"]
+    assert main(PROGRAM, [*words, "properties=[mass]"]) == 2  # no mean and spread
+    assert main(PROGRAM, [*words, "properties=[mass]", f"sizes={folder}"]) == 0
+    model = load(tmp_path / "edm")
+    made = model.domain.template(0, [0, 1, 2], atoms=5)
+    assert made.cond["context"].isfinite().all()  # drawn: the network knows no "not given"
+    assert len(model.sample(2, steps=3, seed=0, mass=9.0)) == 2
+    denoiser = model.denoiser.double()
+    clean = {"positions": tensors["in.x"].double(), "types": tensors["in.one_hot"].double() / 8}
+    noise = dict(zip(clean, tensors["nll.eps0"].split([3, 5], -1), strict=True))
+    start = denoiser.process.perturb(clean, torch.zeros(3, dtype=torch.float64), noise)
+    mask = tensors["in.node_mask"][..., 0].bool()
+    seen = denoiser(start, 0.0, mask, {"context": tensors["in.context"][:, 0]})
+    eps = torch.cat([seen[name].eps for name in clean], -1)
+    torch.testing.assert_close(eps, tensors["nll.net_out0"], rtol=1e-8, atol=1e-8)
+    assert info["diffusion"]["norm_values"][:2] == [1, 8]
 
 
 def test_foreign_files_are_refused(tmp_path, capsys):
