@@ -120,15 +120,10 @@ class Plan:
 
     @property
     def request(self) -> dict[str, Any]:
-        """For the domain's template."""
-        told = {n: v for n, v in self.wish.targets.items() if self._column(n) is not None}
-        renamed = {self.domain.properties[self._column(n) or 0]: v for n, v in told.items()}
-        atoms = {} if self.wish.atoms is None else {"atoms": self.wish.atoms}
-        return renamed | atoms
-
-    def _column(self, name: str) -> int | None:
-        names = [known.lower() for known in self.domain.properties]
-        return names.index(name.lower()) if name.lower() in names else None
+        """For the domain's template: what the generator is told."""
+        names = {name.lower(): name for name in self.domain.properties}
+        told = {names[k.lower()]: v for k, v in self.wish.targets.items() if k.lower() in names}
+        return told if self.wish.atoms is None else {**told, "atoms": self.wish.atoms}
 
     # -- how it is reached --------------------------------------------------------------------
 

@@ -148,6 +148,38 @@ def test_energies_move_their_own_prediction_towards_the_target(runs):
     assert distance[5.0] < 0.8 * distance[0.0]
 
 
+@pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m", "heun"])
+def test_guided_samplers_turn_with_their_noise(runs, solver):
+    """Rotated noise gives rotated molecules, under condition, energies and limits on elements."""
+    model = molediff.load(runs / "gen")
+    steering = Steering(str(runs / "energy"), strength=3.0, condition=2.0)
+    plan = Plan(model, Wish({"mass": 9}, composition="C=2 O=1"), steering)
+    process = model.denoiser.double().process
+    plan.predictor.network.double()
+    denoise = plan.denoise("cpu")
+    cond = {
+        k: v.double() for k, v in plan.domain.template(0, [0, 1], atoms=6, mass=9).cond.items()
+    }
+    q, _ = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(9)).double())
+    method, grid, steps = model.chosen(solver, "time_uniform", 6)
+    ends = []
+    for turn in (torch.eye(3).double(), q):
+
+        def draw(name, j, turn=turn):
+            x = normal((2, 6, 3 if name == "positions" else 4), 100 * j + len(name)).double()
+            return x @ turn if name == "positions" else x
+
+        start = process.prior({name: draw(name, 77) for name in process.fields})
+        times = time_grid(process, method, grid, steps)
+        with torch.no_grad():
+            ends.append(method.solve(process, partial(told, denoise, cond), start, times, draw))
+    straight, turned = ends
+    torch.testing.assert_close(
+        turned["positions"], straight["positions"] @ q, atol=1e-8, rtol=1e-8
+    )
+    torch.testing.assert_close(turned["types"], straight["types"], atol=1e-8, rtol=1e-8)
+
+
 def told(denoise, cond, x, t):
     return denoise(x, t, None, cond)
 
