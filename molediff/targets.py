@@ -231,6 +231,19 @@ def is_inequality(text: str) -> bool:
     return any(sign != "=" for sign in _SPLIT.split(text)[1::2])
 
 
+def as_texts(targets: Mapping[str, Any]) -> list[str]:
+    """Property -> wish, as :meth:`Target.parse` reads it: 5.0 -> 'gap=5.0', '>5' -> 'gap>5', and
+    '2<mu<3' as it stands; None is no wish."""
+    texts = []
+    for name, value in targets.items():
+        text = str(value).strip()
+        if len(re.findall(r"[<>\u2264\u2265]", text)) == 2 or text == "None":
+            texts += [text] * (text != "None")
+        else:
+            texts.append(f"{name}{text}" if is_inequality(text) else f"{name}={text}")
+    return texts
+
+
 def _parse(text: str, properties: Properties) -> Target:
     parts = [part.strip() for part in _SPLIT.split(text)]
     signs = [_OPERATORS[sign] for sign in parts[1::2]]

@@ -10,7 +10,15 @@ from typing import Any
 
 from molediff import scorers
 from molediff.scorers import Scorer
-from molediff.targets import Extreme, Properties, Range, Target, Value, is_inequality
+from molediff.targets import (
+    Extreme,
+    Properties,
+    Range,
+    Target,
+    Value,
+    as_texts,
+    is_inequality,
+)
 from shared import configuration
 from shared.configuration import ConfigurationError
 
@@ -50,7 +58,7 @@ class Wish:
         Raises:
             ConfigurationError: one that cannot be read, in a line.
         """
-        return [Target.parse(text, known) for text in target_texts(self.targets)]
+        return [Target.parse(text, known) for text in as_texts(self.targets)]
 
     @cached_property
     def limits(self) -> list[str]:
@@ -66,18 +74,6 @@ class Wish:
             ConfigurationError: an unknown scorer, or a wish that cannot be read.
         """
         return [_scorer(text.strip()) for text in (self.score or "").split(";") if text.strip()]
-
-
-def target_texts(targets: Mapping[str, Any]) -> list[str]:
-    """Property -> wish as whole texts, 'gap=5.0', 'gap>5', '2<mu<3'."""
-    texts = []
-    for name, value in targets.items():
-        text = str(value).strip()
-        if len(re.findall(r"[<>\u2264\u2265]", text)) == 2 or text == "None":
-            texts += [text] * (text != "None")
-        else:
-            texts.append(f"{name}{text}" if is_inequality(text) else f"{name}={text}")
-    return texts
 
 
 _AIM = re.compile(r"(?P<name>[^<>=]+?)\s*(?P<sign><=|>=|<|>|=)\s*(?P<rest>.+)")

@@ -22,7 +22,7 @@ from molediff.files import read, write
 from molediff.geometric.data import MoleculeData
 from molediff.geometric.metrics import evaluate
 from molediff.molecules import SYMBOLS, Molecule, atomic_number
-from molediff.targets import Target
+from molediff.targets import Target, as_texts
 from molediff.views import gallery
 from shared.configuration import reject_unknown
 from shared.domains import Batch, Domain, Invalid
@@ -274,12 +274,8 @@ class Molecules(Domain[Molecule]):
     def targets(self, request: Mapping[str, Any]) -> list[Target]:
         """The wishes for properties in ``request``."""
         known = {k: v for k, v in self.statistics()["properties"].items() if k in self.properties}
-        found = []
-        for name, value in request.items():
-            if name in self.properties and value is not None:
-                sign = "" if str(value).strip()[:1] in "<>\u2264\u2265" else "="
-                found.append(Target.parse(f"{name}{sign}{value}", known))
-        return found
+        wishes = {k: v for k, v in request.items() if k in self.properties}
+        return [Target.parse(text, known) for text in as_texts(wishes)]
 
     def _wanted(self, seed: int, indices: Sequence[int], request: Mapping[str, Any]) -> np.ndarray:
         """Standardised properties that the model is told [b, k], NaN where free."""

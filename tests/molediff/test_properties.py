@@ -128,7 +128,7 @@ def test_wishes_become_conditions_and_sizes(domain):
     restored = Molecules()
     restored.restore(domain.statistics())
     assert restored.properties == ("odd", "mass")
-    made = restored.template(0, range(6), mass="9..12", atoms="3..9")
+    made = restored.template(0, range(6), mass="9<mass<12", atoms="3..9")
     context = restored.physical(made.cond["context"].numpy())
     assert np.isnan(context[:, 0]).all()
     assert ((context[:, 1] >= 9) & (context[:, 1] <= 12)).all()
