@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shared import cli
-from shared.cli import Program
+from shared.cli import Program, Verb
 from shared.images.convert import CONVERTERS
 
 PROGRAM = Program(
@@ -17,8 +17,23 @@ PROGRAM = Program(
         "sample run=runs/digits n=100 solver=dpmpp_2m steps=50 seed=0 out=samples",
         "sample run=runs/digits request.label=3",
         "evaluate samples",
+        "edit samples/samples.npy run=digits edit.method=sdedit edit.strength=0.4 out=edited",
         "convert ddpm-cifar10-32 out=runs/ddpm",
     ),
+    more={
+        "edit": Verb(
+            "edit images with a model: SDEdit, EGSDE, inpainting, super-resolution",
+            "shared.images.editing:edit",
+            bare=True,
+            examples=("mine.npz run=digits edit.method=inpaint edit.keep=left out=edited",),
+        ),
+        "picture": Verb(
+            "a PNG of how samples come about, or of given images in a grid",
+            "shared.images.editing:picture",
+            bare=True,
+            examples=("run=digits n=8 steps=10 out=trajectory.png", "samples out=grid.png"),
+        ),
+    },
     converters=CONVERTERS,
     reader="shared.images.convert:read",
 )

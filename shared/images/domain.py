@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import Dataset, TensorDataset
 
 from shared.configuration import reject_unknown
@@ -54,6 +55,8 @@ class Images(Domain[Picture]):
         features: what images are compared by, as :func:`shared.images.features.choose` takes it:
             'digits' or a file with an Inception network; None: 'digits' for the digits.
         features_sha256: what the hash of that file has to begin with.
+        upscale: the model is told the image ``upscale`` times smaller, and makes it larger (SR3,
+            Saharia et al. 2021).
 
     Raises:
         FileNotFoundError, ValueError: the file is not there or holds something else.
@@ -68,11 +71,14 @@ class Images(Domain[Picture]):
         drop_label: float = 0.1,
         features: str | None = None,
         features_sha256: str | None = None,
+        upscale: int | None = None,
     ) -> None:
         if not 0 < validation < 1 or not 0 <= drop_label <= 1:
             raise ValueError("images: needs 0 < validation < 1 and 0 <= drop_label <= 1.")
         self.data, self.validation, self.drop_label = data, validation, drop_label
-        self.features, self.features_sha256 = features, features_sha256
+        if upscale is not None and upscale < 2:
+            raise ValueError(f"images: upscale={upscale} must be at least 2, or null.")
+        self.features, self.features_sha256, self.upscale = features, features_sha256, upscale
         self._statistics: dict[str, Any] | None = None
 
     # -- constants ----------------------------------------------------------------------------
@@ -137,9 +143,23 @@ class Images(Domain[Picture]):
         pixels = torch.from_numpy(images.astype(np.float32)) / 127.5 - 1.0
         return pixels[:, None] if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2).contiguous()
 
+    def training(self, most: int) -> tuple[Tensor, Tensor]:
+        """Up to ``most`` training images in model units, and their classes.
+
+        Raises:
+            ValueError: data without classes.
+        """
+        images, labels = self._arrays
+        if labels is None:
+            raise ValueError("images: these data have no classes.")
+        rows = np.flatnonzero(~self._held_out)[:most]
+        return self.encode(images[rows]), torch.from_numpy(labels[rows])
+
     def collate(self, records: Sequence[Any]) -> Batch:
         columns = [torch.stack(column) for column in zip(*records, strict=True)]
         cond = {"label": columns[1]} if len(columns) > 1 else {}
+        if self.upscale is not None:
+            cond["low"] = enlarged(functional.avg_pool2d(columns[0], self.upscale), self.upscale)
         return Batch({"x": columns[0]}, cond=cond)
 
     def null_condition(self) -> dict[str, Tensor]:
@@ -156,15 +176,36 @@ class Images(Domain[Picture]):
 
     def template(self, seed: int, indices: Sequence[int], **request: Any) -> Batch:
         """``label``: a class, or 'any' for the model without condition; by default every sample
-        draws its own class with the frequency that it has in the data."""
-        reject_unknown("images, request", request, ("label",))
+        draws its own class with the frequency that it has in the data. ``low``: a file of small
+        images, for a model that enlarges; sample i takes the i-th, over and over."""
+        reject_unknown("images, request", request, ("label", "low"))
         state = {"x": torch.zeros(len(indices), *self.shape)}
-        if not self.classes:
-            if request.get("label") is not None:
-                raise ValueError("images, request: label is given, but the data have no classes.")
-            return Batch(state)
-        labels = [self._label(request.get("label"), seed, i) for i in indices]
-        return Batch(state, cond={"label": torch.tensor(labels, dtype=torch.long)})
+        cond = self._low(request.get("low"), indices)
+        if self.classes:
+            labels = [self._label(request.get("label"), seed, i) for i in indices]
+            cond["label"] = torch.tensor(labels, dtype=torch.long)
+        elif request.get("label") is not None:
+            raise ValueError("images, request: label is given, but the data have no classes.")
+        return Batch(state, cond=cond)
+
+    def _low(self, path: Any, indices: Sequence[int]) -> dict[str, Tensor]:
+        if (path is None) != (self.upscale is None):
+            raise ValueError(
+                "images, request: low=FILE of small images goes with a model that enlarges, and "
+                "only with one (domain.upscale)."
+            )
+        if self.upscale is None:
+            return {}
+        channels, height, width = self.shape
+        small = (height // self.upscale, width // self.upscale)
+        found = [p for p in files.read(Path(path), small) if not isinstance(p, Invalid)]
+        if not found or any((1 if p.ndim == 2 else p.shape[2]) != channels for p in found):
+            raise ValueError(
+                f"images, request: low={path} holds no images of {small[0]} x {small[1]} with "
+                f"{channels} channels."
+            )
+        chosen = np.stack([found[i % len(found)] for i in indices])
+        return {"low": enlarged(self.encode(chosen), self.upscale)}
 
     def _label(self, label: Any, seed: int, index: int) -> int:
         if label == "any":
@@ -261,3 +302,8 @@ class Images(Domain[Picture]):
         data = files.png(framed, columns=min(len(items), 10), zoom=zoom)
         text = base64.b64encode(data).decode()
         return f'<img alt="{min(len(items), 100)} images" src="data:image/png;base64,{text}">'
+
+
+def enlarged(small: Tensor, factor: int) -> Tensor:
+    """Images [batch, channels, height, width] with sides ``factor`` times as long."""
+    return functional.interpolate(small, scale_factor=float(factor), mode="bicubic")

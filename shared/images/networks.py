@@ -122,6 +122,23 @@ class UNet(nn.Module):
         return time + self.label(label)
 
 
+class Concatenated(nn.Module):
+    """A network that sees the condition 'low' beside the image, as further channels (SR3, Saharia
+    et al. 2021)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self, inputs: State, code: Tensor, mask: Tensor | None, cond: Condition | None
+    ) -> State:
+        if cond is None or "low" not in cond:
+            raise ValueError("this model enlarges images: give request.low=FILE of small ones.")
+        both = torch.cat([inputs["x"], cond["low"].to(inputs["x"])], dim=1)
+        return self.network({"x": both}, code, mask, cond)
+
+
 class VarianceNetwork(nn.Module):
     """The network of a variance head for images: a small U-Net over what the frozen network saw
     and what it gave (the published heads see its last features instead)."""
@@ -165,5 +182,9 @@ def image_denoiser(
             f"{height} x {width}."
         )
     classes = domain.classes if conditional else 0
-    network = UNet(channels, widths, blocks, classes, dropout)
+    network: nn.Module
+    if domain.upscale is None:
+        network = UNet(channels, widths, blocks, classes, dropout)
+    else:
+        network = Concatenated(UNet(2 * channels, widths, blocks, classes, dropout, channels))
     return Denoiser(network, Process.single(schedule), head, times=times)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from shared.denoisers import Denoiser, Head, TimeCode
 from shared.images.backbones.unet import PRESETS, UNet, UNetOptions
 from shared.images.backbones.uvit import SIZES, UViT
 from shared.images.domain import Images
+from shared.images.networks import Concatenated
 from shared.losses import TimeSampler
 from shared.process import Process
 from shared.schedules import Schedule
@@ -33,15 +36,22 @@ def unet(
         raise ValueError(f"model.preset={preset}: give one of {', '.join(PRESETS)}.")
     channels, height, width = domain.shape
     settings = {**PRESETS[preset], "classes": domain.classes if conditional else 0, **options}
-    if head is not None and head.learned_range:
-        settings["outputs"] = 2 * channels
-    chosen = UNetOptions(**{**settings, "channels": channels})
+    ranged = head is not None and head.learned_range
+    if ranged and domain.upscale is not None:
+        raise ValueError("model: a model that enlarges (domain.upscale) has no learned range.")
+    if ranged or domain.upscale is not None:
+        settings["outputs"] = 2 * channels if ranged else channels
+    seen = channels if domain.upscale is None else 2 * channels
+    chosen = UNetOptions(**{**settings, "channels": seen})
     if height % chosen.fold or width % chosen.fold:
         raise ValueError(
             f"model.multipliers: {len(chosen.multipliers)} levels need sides divisible by "
             f"{chosen.fold}; the images are {height} x {width}."
         )
-    return _denoiser(UNet(chosen), schedule, head, times, time_code)
+    network: nn.Module = UNet(chosen)
+    if domain.upscale is not None:
+        network = Concatenated(network)
+    return _denoiser(network, schedule, head, times, time_code)
 
 
 def uvit(
@@ -72,7 +82,7 @@ def uvit(
 
 
 def _denoiser(
-    network: UNet | UViT,
+    network: nn.Module,
     schedule: Schedule,
     head: Head | None,
     times: TimeSampler | None,
