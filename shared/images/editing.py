@@ -172,7 +172,10 @@ def _prepared(
         keep = edit.kept((rows.shape[2], rows.shape[3])).expand(-1, rows.shape[1], -1, -1)
         return RePaint(solver, Known(source, {"x": keep}), 1, edit.resamples), base
     if edit.method == "superres":
-        noise = GaussianNoise(edit.noise, prior_spread(1.0))
+        # the average of factor^2 pixels has so much less variance than one of them
+        noise = GaussianNoise(
+            edit.noise, lambda alpha, sigma: prior_spread(1.0)(alpha, sigma) / edit.factor**2
+        )
 
         def average(x: State) -> Tensor:
             return F.avg_pool2d(x["x"], edit.factor)
