@@ -27,6 +27,11 @@ PROGRAM = Program(
             bare=True,
             examples=("mine.npz run=digits edit.method=inpaint edit.keep=left out=edited",),
         ),
+        "bits": Verb(
+            "an upper bound of the bits per dimension of validation images",
+            "shared.images.bits:verb",
+            examples=("run=digits",),
+        ),
         "picture": Verb(
             "a PNG of how samples come about, or of given images in a grid",
             "shared.images.editing:picture",

@@ -50,7 +50,9 @@ BIG = {**PRESETS["adm"], "width": 256, "blocks": 2, "classes": 1000, "outputs": 
         ),
     ],
 )
-def test_published_sizes(options, millions):
+def test_sizes_of_the_published_settings(options, millions):
+    """Counts of these networks, so that a change of the architecture shows; that they are those of
+    the publications rests on the published outputs and key names above, not on these numbers."""
     with torch.device("meta"):
         network = UNet(UNetOptions(**options))
     count = sum(p.numel() for p in network.parameters())
