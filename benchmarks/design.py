@@ -2,8 +2,11 @@
 drawn jointly from labelled data, and an oracle trained on other labels says how far it missed.
 
     python benchmarks/design.py [--run qm9] [--data FOLDER] [--n 1000] [--steps 100]
-        [--properties mu,alpha,homo,lumo,gap,cv] [--pairs gap+mu,mu+cv] [--strengths 0,1,3]
-        [--conditions 1] [--seed 0] [--small] [--out FOLDER]
+        [--properties mu,alpha,homo,lumo,gap,cv] [--pairs gap+mu,mu+cv] [--settings 0:1,1:2]
+        [--seed 0] [--small] [--out FOLDER]
+
+A setting is the strength of the energies and the scale of classifier-free guidance: 0:1 is the
+plain conditional model, 1:1 EEGSDE with l = 1, 1:2 the default of ``molediff design``.
 
 U: the oracle against shuffled targets. L: the oracle against the labels of held-out molecules.
 Closure: (U - MAE) / (U - L), which compares across oracles. All decoded molecules count, valid or
@@ -208,8 +211,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--properties", default=",".join(PROPERTIES))
     parser.add_argument("--pairs", default="")
-    parser.add_argument("--strengths", default="0,1,3")
-    parser.add_argument("--conditions", default="1")
+    parser.add_argument("--settings", default="0:1,1:2", help="strength:condition, ...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--xtb", action=argparse.BooleanOptionalAction, default=True)
@@ -219,7 +221,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.small:
-        args.n, args.steps, args.properties, args.strengths = 4, 4, "gap", "1"
+        args.n, args.steps, args.properties, args.settings = 4, 4, "gap", "1:2"
     model = molediff.load(args.run)
     energies = Predictor.load(companion(args.energies, model, "energy") or "")
     judges = oracles(model, args.oracle, "auto" if args.xtb else False)
@@ -233,14 +235,14 @@ def main() -> None:
         limits = {n: bounds(MoleculeData(args.data), judges["network"], n) for n in names}
     rows = []
     for names in wanted:
-        for strength in map(float, args.strengths.split(",")):
-            for condition in map(float, args.conditions.split(",")):
-                rows.append(row(model, names, strength, condition, energies, judges, args))
-                result = {
-                    "run": args.run, "rows": rows,
-                    "bounds": {name: vars(b) for name, b in limits.items()},
-                }  # fmt: skip
-                publish(args.out, "design", result, table(rows, limits))
+        for setting in args.settings.split(","):
+            strength, condition = map(float, setting.split(":"))
+            rows.append(row(model, names, strength, condition, energies, judges, args))
+            result = {
+                "run": args.run, "rows": rows,
+                "bounds": {name: vars(b) for name, b in limits.items()},
+            }  # fmt: skip
+            publish(args.out, "design", result, table(rows, limits))
 
 
 if __name__ == "__main__":

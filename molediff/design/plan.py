@@ -48,7 +48,7 @@ class Steering:
     energies: str | None = "auto"
     fingerprints: str | None = None
     strength: float = 1.0
-    condition: float = 1.0
+    condition: float = 2.0
     pull: float = 1.0
     particles: int = 4
 
