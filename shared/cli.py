@@ -218,13 +218,30 @@ def _dispatch(program: Program, arguments: list[str]) -> int:
         print(help_on(program, name))
         return 0
     sweep = any(word in ("-m", "--multirun") for word in rest)
-    words = [word for word in rest if word not in ("-m", "--multirun")]
+    words = short([word for word in rest if word not in ("-m", "--multirun")])
     if verbs[name].words is not None:
         words = find(verbs[name].words or "")(words)
     given = overrides(name, words, bare=verbs[name].bare, quote=not sweep)
     if sweep:
         return _sweep(program, name, given)
     return execute(program, name, configuration.compose(config_name(name), given))
+
+
+def short(words: Sequence[str]) -> list[str]:
+    """Words with ``-o PLACE`` written out as ``out=PLACE``.
+
+    Raises:
+        ConfigurationError: nothing follows ``-o``.
+    """
+    out, left = [], iter(words)
+    for word in left:
+        if word == "-o":
+            place = next(left, None)
+            if place is None:
+                raise ConfigurationError("-o: give a file or folder after it.")
+            word = f"out={place}"
+        out.append(word)
+    return out
 
 
 def config_name(verb: str) -> str:

@@ -44,8 +44,14 @@ def test_documented_commands_compose(line):
     if "--help" in rest or not rest:
         return
     sweep = "-m" in rest
-    rest = [w.partition(",")[0] if sweep else w for w in rest if w != "-m"]
+    rest = cli.short([w.partition(",")[0] if sweep else w for w in rest if w != "-m"])
     if verb.words is not None:
         rest = cli.find(verb.words)(rest)
     given = cli.overrides(name, rest, bare=verb.bare)
     cli.check_numbers(configuration.compose(cli.config_name(name), given))
+
+
+def test_o_is_short_for_out():
+    assert cli.short(["a.ply", "-o", "b.ply", "n=2"]) == ["a.ply", "out=b.ply", "n=2"]
+    with pytest.raises(configuration.ConfigurationError, match="-o"):
+        cli.short(["a.ply", "-o"])
