@@ -227,7 +227,7 @@ class AttentionLayer(nn.Module):
         / 2) = 2 sigmoid(s) - 1) and on the channels, [hidden, pairs]."""
         linear = self.mix_edges.linears[0]
         assert isinstance(linear, nn.Linear)
-        ours, theirs = linear.weight.split(len(edges), 1)
+        ours, theirs = torch.split(linear.weight, len(edges), 1)
         first = torch.addmm((linear.bias - ours.sum(1))[:, None], ours / self.heads, sums)
         return torch.addmm(first, theirs, edges)
 
