@@ -54,4 +54,4 @@ def test_speed(checkpoint, tmp_path, monkeypatch) -> None:
     speed.main()
     result = json.loads((tmp_path / "graphs_speed_ego_small.json").read_text())
     assert result["largest_difference"] < 1e-4
-    assert result["sampler"]["calls"] == 3
+    assert result["sampler"]["seconds"].keys() == {"3", "9"}
