@@ -14,7 +14,7 @@ import torch
 
 from molediff.cli import PROGRAM as MOLEDIFF
 from pointdiff.cli import PROGRAM as POINTDIFF
-from shared import cli, configuration
+from shared import cli
 from shared.checkpoints import GAMMA
 from shared.cli import VERBS, Converter, Outcome, Verb
 from shared.images.cli import PROGRAM as IMAGEDIFF
@@ -358,24 +358,6 @@ def test_pickles_that_run_code_are_refused(command, tmp_path):
 # -- documentation ----------------------------------------------------------------------------
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-
-
-def examples() -> list[str]:
-    text = README.replace("\n  steps", " steps")
-    verbs = "|".join(VERBS)
-    found = re.findall(rf"(?:^|`)(imagediff (?:{verbs}) [^`\n]+)", text, re.MULTILINE)
-    return [*found, *(f"imagediff {words}" for words in IMAGEDIFF.examples)]
-
-
-def test_every_documented_command_composes():
-    assert len(examples()) > 8
-    for line in examples():
-        _, verb, *words = line.split()
-        sweep = "-m" in words
-        words = [w.partition(",")[0] if sweep else w for w in words if w != "-m"]
-        given = cli.overrides(verb, words, bare=VERBS[verb].bare)
-        config = configuration.compose(verb, given)
-        cli.check_numbers(config)
 
 
 def test_the_python_example_runs(toys):
