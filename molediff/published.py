@@ -52,7 +52,6 @@ def convert_edm(
             without data.
     """
     from molediff.geometric.convert import edm_options, edm_weights
-    from molediff.geometric.domain import Molecules
     from shared import checkpoints
     from shared.configuration import build, option, plain
 
@@ -74,21 +73,7 @@ def convert_edm(
     domain = option("domain", "molecules", charges=charges, scale=scale)
     domain.properties = list(properties)
     schedule = option("schedule", "polynomial")
-    statistics = {
-        "domain": Molecules.name,
-        "elements": list(elements),
-        "scale": scale,
-        "charges": charges,
-        "charge_scale": 0.1,
-        "position_std": 1.0,
-        "sizes": {},
-        "element_counts": {},
-        "properties": {},
-    }
-    if sizes is not None:
-        data = build({**plain(domain), "data": str(sizes)}).statistics()
-        kept = ("sizes", "element_counts", "properties", "context", "known")
-        statistics |= {key: data[key] for key in kept} | {"free": False}
+    statistics = _edm_statistics(elements, plain(domain), sizes)
     built = build(domain)
     built.restore(statistics)
     denoiser = build(model, domain=built, schedule=build(schedule))
@@ -96,6 +81,27 @@ def convert_edm(
     config = {"domain": plain(domain), "model": plain(model), "schedule": plain(schedule)}
     checkpoints.save(out, denoiser, config=config, domain=statistics, step=0)
     return None if sizes else "give request.atoms=N when you sample, or convert with sizes=FOLDER"
+
+
+def _edm_statistics(
+    elements: Sequence[str], domain: Mapping[str, Any], sizes: str | None
+) -> dict[str, Any]:
+    """The constants of an EDM model, with those of its training data where they are given."""
+    from shared.configuration import build
+
+    fixed = {
+        "domain": "molecules",
+        "elements": list(elements),
+        "scale": domain["scale"],
+        "charges": domain["charges"],
+        "charge_scale": 0.1,
+        "position_std": 1.0,
+    }
+    if sizes is None:
+        return fixed | {"sizes": {}, "element_counts": {}, "properties": {}}
+    data = build({**domain, "data": str(sizes)}).statistics()
+    kept = ("sizes", "element_counts", "properties", "context", "known")
+    return fixed | {key: data[key] for key in kept} | {"free": False}
 
 
 def is_gdss(keys: frozenset[str]) -> bool:

@@ -47,8 +47,8 @@ class TrainerSettings:
         monitor: the number whose best value marks the best checkpoint; ``maximise``: the larger.
         devices, nodes, accelerator, strategy: as Lightning's Trainer takes them.
         workers: processes that load data, per device.
-        compile: compile the repeated layers of the backbone (half a minute at first; then a
-            layer of many small operations runs about twice as fast).
+        compile: compile the repeated layers of the backbone (it takes a while at
+            first; worth it for long runs of layers made of many small operations).
     """
 
     max_steps: int = 100_000

@@ -192,15 +192,18 @@ def design(
     how = Sampling(
         n, seed, *model.chosen(solver, grid, _steps(steps, plan)), batch, find_device(device)
     )
-    judge = Judge(
-        plan.targets, plan.properties, oracles(model, oracle, xtb, plan.wish.scorers),
-        plan.composition, plan.wish.scorers,
-    )  # fmt: skip
+    judge = _judge(plan, oracle, xtb)
     memory = Memory()
     judged = Judged(memory, judge, seen or (lambda design: None))
     sampled(plan, how, judged)
     failures = [item for item in memory.items.values() if isinstance(item, Invalid)]
     return Designs(finished(model, judged), failures, judge, seed, n, tuple(warnings))
+
+
+def _judge(plan: Plan, oracle: str | None, xtb: bool | str) -> Judge:
+    """Everything that was wished for, under the eyes of the oracles."""
+    found, scorers = oracles(plan.model, oracle, xtb, plan.wish.scorers), plan.wish.scorers
+    return Judge(plan.targets, plan.properties, found, plan.composition, scorers)
 
 
 def _steps(given: int | None, plan: Plan) -> int:
@@ -226,10 +229,7 @@ def design_verb(config: DictConfig, program: Program, progress: Progress | None 
     steering = Steering(**_chosen(options, tuple(Steering.__dataclass_fields__)))
     plan = Plan(model, wish, steering)
     warnings = plan.check(bool(config.force))
-    judge = Judge(
-        plan.targets, plan.properties, oracles(model, config.oracle, config.xtb, wish.scorers),
-        plan.composition, wish.scorers,
-    )  # fmt: skip
+    judge = _judge(plan, config.oracle, config.xtb)
     out, seed = _folder(config, wish)
     config.steps = _steps(config.steps, plan)
     chosen = settled(config, plan.domain, model.checkpoint)
@@ -242,18 +242,7 @@ def design_verb(config: DictConfig, program: Program, progress: Progress | None 
         config.batch,
         find_device(config.device),
     )
-    settings = {
-        "run": str(model.run.folder.resolve()),
-        "step": model.checkpoint.step,
-        "domain": model.checkpoint.config["domain"],
-        "statistics": model.checkpoint.statistics,
-        "seed": seed,
-        **_chosen(options, ("n", "oracle", "xtb")),
-        "wish": wish.plain(),
-        "steering": vars(steering),
-        **{key: plain(chosen[key]) for key in ("solver", "grid")},
-        "steps": chosen["steps"],
-    }
+    settings = _settings(plan, chosen) | {"seed": seed, **_chosen(options, ("n", "oracle", "xtb"))}
     sink = Folder(out, plan.domain, settings, "molecules")
     unguided = _unguided(model, judge, how, config.baseline, out / "baseline", settings)
     with Table(judge, config.n) as table:
@@ -280,6 +269,21 @@ def design_verb(config: DictConfig, program: Program, progress: Progress | None 
     lines += [f"{valid} valid molecules of {config.n} in {sink.file}, best first in "
               f"{out / 'molecules.csv'} (seed {seed})", f"report: {file}"]  # fmt: skip
     return Outcome(lines, file, made.failed == 0 and valid > 0)
+
+
+def _settings(plan: Plan, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """What made the molecules, for settings.json."""
+    stored = plan.model.checkpoint
+    return {
+        "run": str(plan.model.run.folder.resolve()),
+        "step": stored.step,
+        "domain": stored.config["domain"],
+        "statistics": stored.statistics,
+        "wish": plan.wish.plain(),
+        "steering": vars(plan.steering),
+        **{key: plain(chosen[key]) for key in ("solver", "grid")},
+        "steps": chosen["steps"],
+    }
 
 
 def _chosen(options: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class Scaffolded(Molecules):
 
     def terms(self, process: Process, scale: float = 1.0) -> list[Term]:
         """What :class:`shared.guidance.Guided` needs for the new atoms to follow the fragment:
-        a gradient through the denoiser, which makes a call two to three times as long."""
+        a gradient through the denoiser, which makes a call longer."""
         spreads = {
             "positions": Spread(self.position_std, settled=0.3, least=0.3),
             "types": Spread(self.scale * len(self.elements) ** -0.5, settled=0.5, least=0.1),
