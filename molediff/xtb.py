@@ -1,4 +1,4 @@
-"""Quantum chemistry in milliseconds: GFN2-xTB (Bannwarth, Ehlert & Grimme 2019) by tblite, the
+"""Semi-empirical quantum chemistry: GFN2-xTB (Bannwarth, Ehlert & Grimme 2019) by tblite, the
 polarizability of the D4 model (Caldeweyher et al. 2019) by dftd4, relaxation by ase.
 
 Nothing that a geometry can be makes these functions raise: what cannot be computed comes back as

@@ -138,7 +138,7 @@ class Scanner:
 
     def visible(self, cloud: Cloud) -> np.ndarray:
         """What each camera sees of ``cloud`` [n, 3]: packed bits, uint8 [views, ceil(n / 8)].
-        Scans are drawn from it at once, where finding the hidden points takes milliseconds."""
+        Scans are drawn from it at once, where finding the hidden points takes longer."""
         points = Frame.of(cloud).enter(cloud).astype(np.float64)
         rows = np.zeros((self.views, len(cloud)), bool)
         for row, camera in zip(rows, self.distance * cameras(self.views), strict=True):

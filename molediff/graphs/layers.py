@@ -46,7 +46,7 @@ def propagate(adjacency: Tensor, x: Tensor) -> Tensor:
 
 def sum_of_sigmoids(q: Tensor, k: Tensor) -> Tensor:
     """The sum over the heads of 1 / (1 + 2^(q . k)), [C, n, n, b]; ``q``, ``k`` [C, H, d, n, b].
-    This is sigmoid(-q . k log 2), and quicker than sigmoid."""
+    This is sigmoid(-q . k log 2)."""
     if torch.is_grad_enabled() or q.shape[-1] < LONG_ROW:
         q, k = q.permute(0, 1, 4, 3, 2), k.permute(0, 1, 4, 2, 3)
         scores = (q.contiguous() @ k.contiguous()).permute(0, 1, 3, 4, 2)
