@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from shared.checkpoints import versions
 
@@ -48,3 +50,50 @@ def publish(folder: Path, name: str, result: Mapping[str, Any], table: str) -> N
     (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     (folder / f"{name}.md").write_text(table)
     print(table)
+
+
+def weights(model: Any) -> str:
+    """Eight hexadecimal digits that tell the weights of a denoiser from others."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.detach().float().numpy().tobytes())
+    return digest.hexdigest()[:8]
+
+
+class Rows:
+    """The rows of a table, kept in ``folder/name.json`` as they come: the same command goes on
+    where it stopped, and several processes may fill one table.
+
+    Args:
+        subject: what all rows share (model, weights, data); rows of another subject are dropped.
+        key: what a row is ordered by.
+        table: makes the markdown of all rows.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        subject: Mapping[str, Any],
+        key: Callable[[Mapping[str, Any]], Any],
+        table: Callable[[list[dict[str, Any]]], str],
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.name, self.subject = folder, name, dict(subject)
+        self.key, self.table = key, table
+
+    def read(self) -> list[dict[str, Any]]:
+        file = self.folder / f"{self.name}.json"
+        content = json.loads(file.read_text()) if file.exists() else {}
+        same = all(content.get(key) == value for key, value in self.subject.items())
+        return list(content["rows"]) if content and same else []
+
+    def has(self, **settings: Any) -> bool:
+        return any(settings.items() <= row.items() for row in self.read())
+
+    def add(self, row: Mapping[str, Any], **facts: Any) -> None:
+        """Keep a row and write the files; ``facts`` go beside the rows."""
+        with FileLock(self.folder / f".{self.name}.lock"):
+            rows = sorted([*self.read(), dict(row)], key=self.key)
+            result = {**self.subject, **facts, "rows": rows}
+            publish(self.folder, self.name, result, self.table(rows))

@@ -10,20 +10,22 @@ plain conditional model, 1:1 EEGSDE with l = 1, 1:2 the default of ``molediff de
 
 U: the oracle against shuffled targets. L: the oracle against the labels of held-out molecules.
 Closure: (U - MAE) / (U - L), which compares across oracles. All decoded molecules count, valid or
-not, as published. ``--data``, a prepared QM9, gives U and the #atoms baseline.
+not, as published. ``--data``, a prepared QM9, gives U and the #atoms baseline. Rows of the same
+weights that the folder has already are kept, and several processes may fill one table.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import markdown, publish
+from common import Rows, markdown, weights
 
 import molediff
 from molediff import evaluate
@@ -131,14 +133,13 @@ def denoiser(
 
 def row(
     model: Model[Any],
-    names: Sequence[str],
-    strength: float,
-    condition: float,
+    settings: dict[str, Any],
     energies: Predictor,
     judges: dict[str, Any],
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """One setting: errors by every oracle, stability, novelty."""
+    names = settings["properties"]
     domain = Drawn(model.domain, names)
     guided = type(model)(model.denoiser, domain, model.run, model.checkpoint)
     made = guided.generate(
@@ -146,7 +147,7 @@ def row(
         steps=args.steps,
         seed=args.seed,
         batch=args.batch,
-        denoise=denoiser(model, domain, energies, strength, condition),
+        denoise=denoiser(model, domain, energies, settings["strength"], settings["condition"]),
     )
     wanted = domain.drawn(args.seed, range(args.n))[:, 1:]
     errors: dict[str, Any] = {}
@@ -159,17 +160,20 @@ def row(
     scores = evaluate(made.items, args.known)
     keys = ("atom_stability", "molecule_stability", "validity_valence", "novelty_valence")
     return {
-        "properties": list(names), "strength": strength, "condition": condition,
-        "n": args.n, "seed": args.seed, "calls": made.summary.nfe,
-        "seconds": made.summary.seconds, "errors": errors,
+        **settings, "nfe": made.summary.nfe, "seconds": made.summary.seconds, "errors": errors,
         "scores": {key: scores[key].as_json() for key in keys if key in scores},
     }  # fmt: skip
 
 
+def order(r: Mapping[str, Any]) -> tuple[Any, ...]:
+    names = r["properties"]
+    return (len(names), PROPERTIES.index(names[0]), names, r["strength"], r["condition"], r["n"])
+
+
 def table(rows: Sequence[dict[str, Any]], limits: dict[str, Bounds]) -> str:
     columns = (
-        "property", "energy", "condition", "n", "MAE", "95 % interval", "U", "#atoms", "L",
-        "closure %", "EEGSDE closure %", "xTB MAE", "molecules stable %", "novel %",
+        "property", "energy", "condition", "calls", "n", "MAE", "95 % interval", "U", "#atoms",
+        "L", "closure %", "EEGSDE closure %", "xTB MAE", "molecules stable %", "novel %",
     )  # fmt: skip
     lines = []
     for r in rows:
@@ -183,6 +187,7 @@ def table(rows: Sequence[dict[str, Any]], limits: dict[str, Bounds]) -> str:
                     name if told == name else f"{name} ({told})",
                     r["strength"],
                     r["condition"],
+                    r["nfe"],
                     r["n"],
                     error["value"],
                     f"{error['low']:.3g}-{error['high']:.3g}",
@@ -233,16 +238,17 @@ def main() -> None:
     if args.data:
         names = {name for names in wanted for name in names}
         limits = {n: bounds(MoleculeData(args.data), judges["network"], n) for n in names}
-    rows = []
-    for names in wanted:
-        for setting in args.settings.split(","):
-            strength, condition = map(float, setting.split(":"))
-            rows.append(row(model, names, strength, condition, energies, judges, args))
-            result = {
-                "run": args.run, "rows": rows,
-                "bounds": {name: vars(b) for name, b in limits.items()},
-            }  # fmt: skip
-            publish(args.out, "design", result, table(rows, limits))
+    subject = {"run": args.run, "weights": weights(model.denoiser)}
+    rows = Rows(args.out, "design", subject, order, lambda rows: table(rows, limits))
+    for names, setting in product(wanted, args.settings.split(",")):
+        strength, condition = map(float, setting.split(":"))
+        settings = {
+            "properties": names, "strength": strength, "condition": condition,
+            "n": args.n, "calls": args.steps, "seed": args.seed,
+        }  # fmt: skip
+        if not rows.has(**settings):
+            found = row(model, settings, energies, judges, args)
+            rows.add(found, bounds={name: vars(b) for name, b in limits.items()})
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ and calls: it shows that the command works, and its figures mean nothing.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import markdown, publish
+from common import Rows, markdown
 
 from molediff.graphs import convert
 from molediff.graphs.convert import Published
@@ -120,7 +120,7 @@ def row(
 def table(name: str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     """Mean and standard deviation of a set, over all sets of all seeds."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for r in sorted(rows, key=_order):
+    for r in rows:
         groups.setdefault((r["solver"], r["prior"], r["nfe"], r["n"]), []).append(r)
     keys = [key for key in keys if any(key in s for r in rows for s in r["sets"])]
     lines = []
@@ -184,19 +184,19 @@ def main() -> None:
     calls = calls or [convert.denoiser_calls(published.sampler)]
     if args.small:
         args.n, args.seeds, calls = max(len(domain.test_items[:20]), 8), 1, [6]
-    name = f"graphs_{published.name.lower()}"
-    file = args.out / f"{name}.json"
-    rows = json.loads(file.read_text())["rows"] if file.exists() else []
-    for solver in args.solver.split(","):
-        for count in calls:
-            for seed in range(args.seeds):
-                settings = {"solver": solver, "prior": args.prior, "calls": count, "n": args.n,
-                            "seed": seed}  # fmt: skip
-                if any(settings.items() <= r.items() for r in rows):
-                    continue
-                rows.append(row(published, denoiser, domain, settings, args.batch))
-                text = table(published.name, rows, METRICS[domain.name])
-                publish(args.out, name, {"set": published.name, "rows": rows}, text)
+    rows = Rows(
+        args.out,
+        f"graphs_{published.name.lower()}",
+        {"set": published.name},
+        _order,
+        lambda rows: table(published.name, rows, METRICS[domain.name]),
+    )
+    for solver, count, seed in product(args.solver.split(","), calls, range(args.seeds)):
+        settings = {
+            "solver": solver, "prior": args.prior, "calls": count, "n": args.n, "seed": seed,
+        }  # fmt: skip
+        if not rows.has(**settings):
+            rows.add(row(published, denoiser, domain, settings, args.batch))
 
 
 if __name__ == "__main__":

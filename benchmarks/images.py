@@ -12,15 +12,14 @@ again with the same ``--out``, it goes on where it was interrupted.
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import markdown, publish
+from common import Rows, markdown, weights
 
 from shared.batches import Batches
 from shared.domains import Invalid
@@ -100,7 +99,7 @@ class Bench:
                 "this model's domain has no features; train with domain.features=FILE"
             )
         self.features = features
-        self.truth = features(domain._arrays[0][~domain._held_out])[0]
+        self.truth = features(domain.pictures[~domain.held_out])[0]
 
     @cached_property
     def table(self) -> bool:
@@ -184,7 +183,7 @@ SOLVERS: dict[str, Row] = {
 }
 
 
-def table(rows: Sequence[dict[str, Any]], args: argparse.Namespace, features: str) -> str:
+def table(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> str:
     """FID by solver and calls; published values in brackets."""
     calls = [c for c in args.counts if any(r["calls"] == c for r in rows)]
     known = PUBLISHED.get(args.published, {})
@@ -197,8 +196,8 @@ def table(rows: Sequence[dict[str, Any]], args: argparse.Namespace, features: st
             line.append(f"{value} ({known[name][c]})" if c in known.get(name, {}) else value)
         lines.append(line)
     head = (
-        f"FID of {args.run} on the features '{features}', n = {rows[0]['n']}, seed {args.seed}, "
-        "against its training images"
+        f"FID of {args.run} on the features '{args.features}', n = {rows[0]['n']}, "
+        f"seed {args.seed}, against its training images"
         + (f"; published in brackets ({args.published})" if known else "")
         + ":\n\n"
     )
@@ -220,21 +219,14 @@ def checks(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"high_order_10_over_ddpm_1000": ratios, "better_than_ddpm": better}
 
 
+def order(r: Mapping[str, Any]) -> tuple[int, int]:
+    return (list(SOLVERS).index(r["solver"]), r["calls"])
+
+
 def wanted(name: str, args: argparse.Namespace) -> list[int]:
     ancestral = name in ("DDPM", "DDIM", *OPTIMAL, "Analytic-DDIM")
     longest = 1000 if name == "DDPM" else 100 if ancestral or args.all else max(FEW)
     return [c for c in args.counts if c <= longest]
-
-
-def kept(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of an interrupted run with the same model, n and seed."""
-    file = args.out / "images.json"
-    if not file.exists():
-        return []
-    content = json.loads(file.read_text())
-    if content["run"] != args.run or content["updates"] != args.updates:
-        return []
-    return [r for r in content["rows"] if (r["n"], r["seed"]) == (args.n, args.seed)]
 
 
 def main() -> None:
@@ -258,18 +250,17 @@ def main() -> None:
         args.solver = "DDPM,Analytic-DDPM,SN-DDPM,DPM-Solver++(2M)"
     args.counts = [int(c) for c in args.calls.split(",")]
     bench = Bench(load(args.run), args)
-    rows = kept(args)
-    done = {(r["solver"], r["calls"]) for r in rows}
+    args.features = bench.features.name
+    subject = {
+        "run": args.run, "weights": weights(bench.model.denoiser), "updates": args.updates,
+        "features": args.features, "n": args.n, "seed": args.seed,
+    }  # fmt: skip
+    rows = Rows(args.out, "images", subject, order, lambda rows: table(rows, args))
     for name in args.solver.split(","):
         for calls in wanted(name, args):
-            if (name, calls) not in done:
-                rows.append(bench.score(name, calls))
-            rows.sort(key=lambda r: (list(SOLVERS).index(r["solver"]), r["calls"]))
-            content = {
-                "run": args.run, "features": bench.features.name, "updates": args.updates,
-                "checks": checks(rows), "rows": rows,
-            }  # fmt: skip
-            publish(args.out, "images", content, table(rows, args, bench.features.name))
+            if not rows.has(solver=name, calls=calls):
+                found = bench.score(name, calls)
+                rows.add(found, checks=checks([*rows.read(), found]))
     picture = bench.model.sample(100, seed=args.seed, steps=25)
     tiles = np.stack([item for item in picture if not isinstance(item, Invalid)])
     zoom = max(1, 40 // tiles.shape[1])

@@ -2,19 +2,24 @@
 time grids on one model.
 
     python benchmarks/molecules.py [--run qm9] [--n 1000] [--calls 10,15,20,25,50,100,250,1000]
-        [--solver ddpm,ddim,...] [--grid time_uniform,log_snr] [--seed 0] [--small] [--out FOLDER]
+        [--solver ddpm,ddim,...] [--grid time_uniform,log_snr] [--data FOLDER] [--seed 0] [--small]
+        [--out FOLDER]
+
+Rows of the same weights that the folder has already are kept. ``--data``, the training molecules,
+is for Analytic-DPM, whose variance is estimated on them.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import markdown, publish
+from common import Rows, markdown, weights
 from rdkit import Chem
 from rdkit.Chem import Draw
 
@@ -42,38 +47,53 @@ def gamma(model: Model[Any], data: str, molecules: int = 512) -> dict[str, Gamma
     return dict(estimate_gamma(model.denoiser, process, batches, times, 0))
 
 
-def row(model: Model[Any], name: str, grid: str, calls: int, args: argparse.Namespace) -> dict:
+def row(model: Model[Any], settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """One solver, grid and budget."""
+    name = settings["solver"]
     solver: Any = DDPM(variance=args.gamma, cov_max=math.inf) if name == "analytic_ddpm" else name
     result = model.generate(
-        args.n, solver=solver, grid=grid, steps=calls, seed=args.seed, batch=args.batch
-    )
+        settings["n"], solver=solver, grid=settings["grid"], steps=settings["calls"],
+        seed=settings["seed"], batch=args.batch,
+    )  # fmt: skip
     scores = evaluate(result.items)
     return {
-        "solver": name, "grid": grid, "calls": result.summary.nfe, "n": args.n, "seed": args.seed,
-        "seconds": result.summary.seconds,
+        **settings, "nfe": result.summary.nfe, "seconds": result.summary.seconds,
         "scores": {key: scores[key].as_json() for key in SCORES if key in scores},
     }  # fmt: skip
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    def percent(score: dict[str, Any] | None) -> str:
-        if not score or score["value"] is None:
-            return ""
-        return f"{100 * score['value']:.1f} ({100 * score['low']:.1f}-{100 * score['high']:.1f})"
+    """Molecules stable by solver and calls; then everything about the default solver."""
+    calls = sorted({r["calls"] for r in rows})
+    lines: dict[tuple[Any, ...], dict[int, str]] = {}
+    for r in rows:
+        line = lines.setdefault((r["solver"], r["grid"], r["n"]), {})
+        line[r["calls"]] = _percent(r["scores"]["molecule_stability"])
+    matrix = markdown(
+        ("solver", "grid", "n", *(f"{c} calls" for c in calls)),
+        [(*line, *(cells.get(c) for c in calls)) for line, cells in lines.items()],
+    )
+    first = [r for r in rows if r["solver"] == rows[0]["solver"] and r["grid"] == rows[0]["grid"]]
+    names = (f"{s.replace('_', ' ')} %" for s in SCORES)
+    full = markdown(
+        ("calls", "n", *names),
+        [(r["calls"], r["n"], *(_percent(r["scores"].get(s)) for s in SCORES)) for r in first],
+    )
+    return (
+        f"Molecules stable (EDM's rule), %, seed {rows[0]['seed']}:\n\n{matrix}\n"
+        f"{first[0]['solver']}, {first[0]['grid']}:\n\n{full}"
+    )
 
-    columns = ("solver", "grid", "calls", "n", *(f"{s.replace('_', ' ')} %" for s in SCORES))
-    lines = [
-        (
-            r["solver"],
-            r["grid"],
-            r["calls"],
-            r["n"],
-            *(percent(r["scores"].get(s)) for s in SCORES),
-        )
-        for r in rows
-    ]
-    return markdown(columns, lines)
+
+def _percent(score: dict[str, Any] | None) -> str | None:
+    """Per cent, and half the width of the 95 % interval."""
+    if not score or score["value"] is None:
+        return None
+    return f"{100 * score['value']:.1f} ± {50 * (score['high'] - score['low']):.1f}"
+
+
+def order(r: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (SOLVERS.index(r["solver"]), r["grid"], -r["n"], r["calls"])
 
 
 def picture(model: Model[Any], path: Path, args: argparse.Namespace, most: int = 10) -> None:
@@ -108,12 +128,14 @@ def main() -> None:
     model = molediff.load(args.run)
     names = [s for s in args.solver.split(",") if args.data or s != "analytic_ddpm"]
     args.gamma = gamma(model, args.data) if "analytic_ddpm" in names else None
-    rows = []
-    for name in names:
-        for grid in args.grid.split(","):
-            for calls in map(int, args.calls.split(",")):
-                rows.append(row(model, name, grid, calls, args))
-                publish(args.out, "molecules", {"run": args.run, "rows": rows}, table(rows))
+    subject = {"run": args.run, "weights": weights(model.denoiser)}
+    rows = Rows(args.out, "molecules", subject, order, table)
+    for name, grid, calls in product(names, args.grid.split(","), args.calls.split(",")):
+        settings = {
+            "solver": name, "grid": grid, "calls": int(calls), "n": args.n, "seed": args.seed,
+        }  # fmt: skip
+        if not rows.has(**settings):
+            rows.add(row(model, settings, args))
     picture(model, args.out / "molecules.png", args)
 
 

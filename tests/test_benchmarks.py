@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rdkit import Chem
 from rdkit.Chem import rdDistGeom
 
@@ -18,6 +19,7 @@ from molediff.molecules import Molecule
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import common  # noqa: E402
 import readme  # noqa: E402
 
 
@@ -44,7 +46,7 @@ def test_solvers(tmp_path):
 def test_molecules(tmp_path):
     rows = run("molecules", tmp_path)["rows"]
     assert {row["solver"] for row in rows} == {"ddim", "dpmpp_2m"}
-    assert all(row["calls"] <= 10 and row["n"] == 8 for row in rows)
+    assert all(row["nfe"] <= 10 and row["n"] == 8 for row in rows)
     assert all(0.0 <= row["scores"]["atom_stability"]["value"] <= 1.0 for row in rows)
 
 
@@ -83,4 +85,25 @@ def test_design(tmp_path):
     rows = run("design", tmp_path, "--no-xtb", "--energies", "qm9_energy")["rows"]
     assert len(rows) == 1
     assert rows[0]["errors"]["gap_network"]["n"] == 4
-    assert rows[0]["calls"] == 4
+    assert rows[0]["nfe"] == 4
+
+
+def test_rows_are_kept_while_their_subject_is_the_same(tmp_path):
+    def table(rows):
+        return "".join(f"{row['calls']} {row['value']}\n" for row in rows)
+
+    rows = common.Rows(tmp_path, "some", {"weights": "a"}, lambda row: row["calls"], table)
+    rows.add({"calls": 20, "value": 2})
+    again = common.Rows(tmp_path, "some", {"weights": "a"}, lambda row: row["calls"], table)
+    assert again.has(calls=20)
+    assert not again.has(calls=10)
+    again.add({"calls": 10, "value": 1}, limit=3)
+    assert (tmp_path / "some.md").read_text() == "10 1\n20 2\n"
+    assert json.loads((tmp_path / "some.json").read_text())["limit"] == 3
+    other = common.Rows(tmp_path, "some", {"weights": "b"}, lambda row: row["calls"], table)
+    assert other.read() == []
+
+
+def test_weights_tell_models_apart():
+    model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    assert common.weights(model) == common.weights(model) != common.weights(other)
