@@ -47,7 +47,12 @@ OPTIONAL = (
     ),
     Optional("tensorboard", "tensorboard", "logger=tensorboard"),
     Optional("wandb", "wandb", "logger=wandb"),
-    Optional("diffusers", "diffusers", "comparisons with its schedulers", "peers"),
+    Optional(
+        "diffusers", "diffusers", "its autoencoders; comparisons with its schedulers", "peers"
+    ),
+    Optional("lmdb", "lmdb", "LSUN databases", "images"),
+    Optional("datasets", "datasets", "image data sets of Hugging Face", "images"),
+    Optional("torch_fidelity", "torch-fidelity", "weights of Inception for FID", "images"),
 )
 
 

@@ -30,6 +30,8 @@ def bits(model: Model[Any], n: int = 180, evaluations: int = 64, seed: int = 0) 
     domain, process = model.domain, model.denoiser.process
     if not isinstance(domain, Images):
         raise ValueError("bits: this model makes no images.")
+    if domain.autoencoder is not None:
+        raise ValueError("bits: the model gives a density of latents, and none of images.")
     held: Any = domain.datasets()[1]
     indices = list(range(min(n, len(held))))
     batch, draws = domain.collate([held[i] for i in indices]), Draws(seed, indices)

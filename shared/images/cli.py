@@ -19,8 +19,18 @@ PROGRAM = Program(
         "evaluate samples",
         "edit samples/samples.npy run=digits edit.method=sdedit edit.strength=0.4 out=edited",
         "convert ddpm-cifar10-32 out=runs/ddpm",
+        "prepare celeba size=64 out=data/celeba64",
     ),
     more={
+        "prepare": Verb(
+            "write a data set of photographs as arrays of one size, or the latents of one",
+            "shared.images.prepare:prepare",
+            bare=True,
+            examples=(
+                "imagenet size=64 out=data/imagenet64",
+                "data/imagenet64 autoencoder=runs/autoencoder",
+            ),
+        ),
         "edit": Verb(
             "edit images with a model: SDEdit, EGSDE, inpainting, super-resolution",
             "shared.images.editing:edit",

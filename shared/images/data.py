@@ -1,20 +1,83 @@
-"""Image data sets in files: arrays, JPEG archives, the original CIFAR-10, folders of pictures."""
+"""Image data sets in files: arrays, JPEG archives, the original CIFAR-10, folders of pictures; and
+by :func:`open_pictures` those of :mod:`shared.images.layouts`."""
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+
+from shared.images import layouts
+from shared.images.pictures import SUFFIXES, Files, Frame, Pictures, is_colour, picture
 
 Arrays = tuple[np.ndarray, np.ndarray | None]
 """uint8 images [n, height, width] or [n, height, width, 3], and labels int64 [n] if there are."""
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PREPARED = ("images.npy", "labels.npy", "held.npy")
+"""What ``imagediff prepare`` writes; the last two where there are such."""
+
+
+def open_pictures(data: str, size: int | None = None, label: str | None = None) -> Pictures:
+    """The pictures that ``data`` names.
+
+    Args:
+        data: the digits of scikit-learn ('digits'), a path that :func:`load` takes, a folder of
+            ``imagediff prepare``, or what :func:`shared.images.layouts.find` knows.
+        size: bring photographs to squares of so many pixels (see :class:`Frame`); a folder of
+            pictures is then read picture by picture.
+        label: which labels, where there are several.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, damaged, or something else.
+        ModuleNotFoundError: a package that these data need is not installed.
+    """
+    known = layouts.find(data)
+    if known is not None:
+        return known(data, size, label)
+    layouts.no_label(label, data)
+    path = Path(data)
+    if size is not None and path.is_dir() and not (path / PREPARED[0]).exists():
+        return _photographs(path, size)
+    if size is not None:
+        raise ValueError(f"domain.size={size}: {data} is of one size already; leave it null.")
+    if data == "digits":
+        return _digits()
+    if (path / PREPARED[0]).exists():
+        return prepared(path)
+    return Pictures.of(*load(path))
+
+
+def _digits() -> Pictures:
+    from sklearn.datasets import load_digits  # slow to import
+
+    images, labels = load_digits(return_X_y=True)
+    grey = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    return Pictures.of(grey, labels.astype(np.int64))
+
+
+def prepared(path: Path) -> Pictures:
+    """A folder of ``imagediff prepare``, mapped into memory.
+
+    Raises:
+        ValueError: damaged files, or such that do not belong together.
+    """
+    try:
+        images = np.load(path / PREPARED[0], mmap_mode="r", allow_pickle=False)
+        labels, held = (
+            np.load(path / name, allow_pickle=False) if (path / name).exists() else None
+            for name in PREPARED[1:]
+        )
+    except Exception as error:  # the reader raises a dozen types on damaged files
+        raise ValueError(f"{path} holds damaged files: {error}") from error
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise ValueError(f"{path / PREPARED[0]}: {images.dtype} {list(images.shape)}: no images.")
+    for name, more in zip(PREPARED[1:], (labels, held), strict=True):
+        if more is not None and more.shape != (len(images),):
+            raise ValueError(f"{path / name}: {more.shape} for {len(images)} images.")
+    return Pictures(images.__getitem__, len(images), labels, held)
 
 
 def load(path: Path) -> Arrays:
@@ -55,23 +118,15 @@ def _unpacked(path: Path, data: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     ends = offsets.tolist()
     files = [data[a:b].tobytes() for a, b in zip(ends, ends[1:], strict=False)]
     names = [f"{path}, image {i}" for i in range(len(files))]
-    return _stacked([_picture(f, name) for f, name in zip(files, names, strict=True)], names)
-
-
-def _picture(data: bytes, name: str) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-    except Exception as error:  # the reader raises a dozen types on damaged files
-        raise ValueError(f"{name} is damaged or no picture.") from error
+    return _stacked([picture(f, name) for f, name in zip(files, names, strict=True)], names)
 
 
 def _stacked(pictures: Sequence[np.ndarray], names: Sequence[str]) -> np.ndarray:
-    for picture, name in zip(pictures, names, strict=True):
-        if picture.shape != pictures[0].shape:
+    for found, name in zip(pictures, names, strict=True):
+        if found.shape != pictures[0].shape:
             raise ValueError(
-                f"{name} is {list(picture.shape)}, {names[0]} is {list(pictures[0].shape)}: "
-                "bring all pictures to one size and colour mode."
+                f"{name} is {list(found.shape)}, {names[0]} is {list(pictures[0].shape)}: "
+                "bring all pictures to one size and colour mode; domain.size=N does."
             )
     return np.stack(pictures)
 
@@ -83,18 +138,30 @@ def _checked(path: Path, images: np.ndarray, labels: np.ndarray | None) -> Array
 
 
 def _folder(path: Path) -> Arrays:
+    names, labels = _listed(path)
+    return _stacked([picture(Path(n).read_bytes(), n) for n in names], names), labels
+
+
+def _photographs(path: Path, size: int) -> Pictures:
+    """A folder of pictures of any size, read one by one; the first tells whether of colour."""
+    names, labels = _listed(path)
+    frame = Frame(size, colour=is_colour(Path(names[0])))
+    return Pictures(Files(names, frame), len(names), labels)
+
+
+def _listed(path: Path) -> tuple[list[str], np.ndarray | None]:
+    """The picture files of a folder or, class by class, of its subfolders."""
     classes = sorted(p for p in path.iterdir() if p.is_dir())
     found = [
-        (file, label)
+        (str(file), label)
         for label, folder in enumerate(classes or [path])
         for file in sorted(folder.iterdir())
-        if file.suffix.lower() in PICTURES
+        if file.suffix.lower() in SUFFIXES
     ]
     if not found:
-        raise ValueError(f"{path}: no {', '.join(PICTURES)} files in it or its subfolders.")
-    names = [str(file) for file, _ in found]
-    images = _stacked([_picture(file.read_bytes(), str(file)) for file, _ in found], names)
-    return images, np.array([label for _, label in found]) if classes else None
+        raise ValueError(f"{path}: no {', '.join(SUFFIXES)} files in it or its subfolders.")
+    labels = np.array([label for _, label in found], dtype=np.int64) if classes else None
+    return [name for name, _ in found], labels
 
 
 # -- CIFAR-10 ---------------------------------------------------------------------------------

@@ -132,6 +132,10 @@ def edited(
     domain, place = model.domain, find_device(device)
     if not isinstance(domain, Images):
         raise ValueError("edit: this model makes no images.")
+    if domain.autoencoder is not None and edit.method in ("inpaint", "superres"):
+        raise ValueError(
+            f"edit: method={edit.method} works on pixels, this model on latents; choose sdedit."
+        )
     small = edit.factor if edit.method == "superres" else 1
     pixels = _encoded(domain, pictures, small)
     method, times, calls = model.chosen(solver, grid, steps)
@@ -150,7 +154,7 @@ def edited(
 
 
 def _encoded(domain: Images, pictures: Sequence[Picture], small: int) -> Tensor:
-    channels, height, width = domain.shape
+    channels, height, width = domain.picture_shape
     wanted = (height // small, width // small)
     for number, picture in enumerate(pictures):
         colours = 1 if picture.ndim == 2 else picture.shape[-1]
@@ -215,7 +219,7 @@ def trajectory(model: Model[Any], n: int, *, every: int = 1, **settings: Any) ->
 
     def watch(x: State, t: Any, mask: Any = None, cond: Any = None) -> Any:
         predictions = model.denoiser(x, t, mask, cond)
-        clean = {"x": predictions["x"].x0.clamp(-1.0, 1.0).cpu()}
+        clean = {"x": predictions["x"].x0.cpu()}
         seen.append(np.stack([np.asarray(item) for item in domain.decode(clean, None)]))
         return predictions
 
@@ -257,7 +261,7 @@ def edit(config: DictConfig, program: Program, progress: Progress | None = None)
     small = how.factor if how.method == "superres" else 1
     if not isinstance(model.domain, Images):
         raise ConfigurationError("edit: this model makes no images.")
-    height, width = (s // small for s in model.domain.shape[1:])
+    height, width = (s // small for s in model.domain.picture_shape[1:])
     found = list(files.read(Path(config.path), (height, width)))[: config.n]
     pictures = [p for p in found if not isinstance(p, Invalid)]
     if not pictures:

@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from shared.images.pictures import Pictures
+
 DIGITS = Path(__file__).parent / "pretrained" / "digit_features.safetensors"
 Extract = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
@@ -42,7 +44,7 @@ class Features:
     shape: tuple[int, int] | None = None
     batch: int = 128
 
-    def __call__(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    def __call__(self, pictures: np.ndarray | Pictures) -> tuple[np.ndarray, np.ndarray | None]:
         """Features and logits, float64, of uint8 ``pictures`` [n, height, width(, 3)].
 
         Raises:
@@ -64,7 +66,7 @@ class Features:
             torch.cat(logits).double().numpy() if logits else None,
         )
 
-    def _blocks(self, pictures: np.ndarray) -> Iterator[Tensor]:
+    def _blocks(self, pictures: np.ndarray | Pictures) -> Iterator[Tensor]:
         for k in range(0, len(pictures), self.batch):
             block = torch.from_numpy(np.ascontiguousarray(pictures[k : k + self.batch]))
             block = block[:, None] if block.dim() == 3 else block.permute(0, 3, 1, 2)

@@ -57,6 +57,7 @@ class UNet(nn.Module):
         blocks: residual blocks per level. classes: number of classes, 0 without condition; the
             label ``classes``, or no condition at all, means 'any class'.
         dropout: in the blocks. outputs: channels of the output, those of the image unless given.
+        augment: entries of the condition 'augment', all zero for an image as it is.
     """
 
     def __init__(
@@ -67,11 +68,13 @@ class UNet(nn.Module):
         classes: int = 0,
         dropout: float = 0.0,
         outputs: int | None = None,
+        augment: int = 0,
     ) -> None:
         super().__init__()
         self.classes, embedding = classes, 4 * widths[0]
         self.time = TimeEmbedding(64, embedding, Sinusoidal(64, max_period=100.0))
         self.label = nn.Embedding(classes + 1, embedding) if classes else None
+        self.augment = nn.Linear(augment, embedding, bias=False) if augment else None
         self.enter = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         now, skips = widths[0], []
@@ -114,6 +117,8 @@ class UNet(nn.Module):
 
     def _embed(self, code: Tensor, cond: Condition | None) -> Tensor:
         time: Tensor = self.time(code)
+        if self.augment is not None and cond is not None and "augment" in cond:
+            time = time + self.augment(cond["augment"])
         if self.label is None:
             return time
         label = torch.full_like(code, self.classes, dtype=torch.long)
@@ -183,8 +188,8 @@ def image_denoiser(
         )
     classes = domain.classes if conditional else 0
     network: nn.Module
-    if domain.upscale is None:
-        network = UNet(channels, widths, blocks, classes, dropout)
-    else:
-        network = Concatenated(UNet(2 * channels, widths, blocks, classes, dropout, channels))
+    seen = channels if domain.upscale is None else 2 * channels
+    network = UNet(seen, widths, blocks, classes, dropout, channels, domain.augment_entries)
+    if domain.upscale is not None:
+        network = Concatenated(network)
     return Denoiser(network, Process.single(schedule), head, times=times)

@@ -8,12 +8,13 @@ from collections.abc import Callable
 import numpy as np
 
 from shared.images.features import Features
+from shared.images.pictures import Pictures
 from shared.metrics import Estimate, proportion
 from shared.resampling import jackknife
 
 
 def scores(
-    features: Features, pictures: np.ndarray, reference: np.ndarray, against: str
+    features: Features, pictures: np.ndarray, reference: np.ndarray | Pictures, against: str
 ) -> dict[str, Estimate]:
     """All of them for uint8 ``pictures`` and ``reference`` [n, height, width(, 3)]. Names tell the
     features and the reference with its size; ``against`` says what the reference is."""

@@ -34,13 +34,13 @@ def test_training_hides_some_labels(digits):
     train, validation = digits.datasets()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        hidden = [int(train[i][1]) == 10 for i in range(1000)]
+        hidden = [int(train[i]["label"]) == 10 for i in range(1000)]
     assert 0.07 < np.mean(hidden) < 0.13
-    assert all(int(validation[i][1]) < 10 for i in range(180))
+    assert all(int(validation[i]["label"]) < 10 for i in range(180))
 
 
 def test_decoding_inverts_the_scaling(digits):
-    images = digits._arrays[0][:50]
+    images = digits.pictures[:50]
     items = digits.decode({"x": digits.encode(images)}, None)
     assert all(np.array_equal(a, b) for a, b in zip(items, images, strict=True))
     broken = digits.encode(images[:2]).clone()
@@ -67,7 +67,7 @@ def test_templates_draw_their_own_classes(digits):
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".png"])
 @pytest.mark.parametrize("colour", [False, True])
 def test_files_round_trip_and_grow(tmp_path, digits, suffix, colour):
-    images = digits._arrays[0][:7]
+    images = digits.pictures[:7]
     images = np.stack([images, images // 2, images // 3], axis=-1) if colour else images
     path = tmp_path / f"images{suffix}"
     digits.write(path, images[:3])
@@ -105,7 +105,7 @@ def test_own_images_from_a_file(tmp_path):
     with pytest.raises(ValueError, match="no classes"):
         domain.template(0, [0], label=1)
     state = domain.collate([domain.datasets()[0][0]]).state
-    first = int(np.flatnonzero(~domain._held_out)[0])
+    first = int(np.flatnonzero(~domain.held_out)[0])
     assert np.array_equal(domain.decode(state, None)[0], images[first])
     with pytest.raises(FileNotFoundError, match="no file"):
         Images("absent.npz").statistics()
@@ -127,7 +127,7 @@ def test_frechet_distance_of_known_gaussians():
 
 
 def test_metrics_prefer_digits_to_noise(digits):
-    held = list(digits._arrays[0][digits._held_out])
+    held = list(digits.pictures[digits.held_out])
     rng = np.random.default_rng(0)
     noise = list(rng.integers(0, 256, (180, 8, 8), dtype=np.uint8))
     good, bad = (digits.metrics(items)["frechet_pca32"] for items in (held, noise))

@@ -28,8 +28,8 @@ def model():
 @pytest.fixture(scope="module")
 def sources():
     domain = Images()
-    images, labels = domain._arrays
-    return list(images[domain._held_out & (labels == 3)][:4])
+    images, labels = domain.pictures, domain.pictures.labels
+    return list(images[domain.held_out & (labels == 3)][:4])
 
 
 def run(model, sources, request_label=3, **settings):

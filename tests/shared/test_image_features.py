@@ -37,8 +37,8 @@ def scripted(module, path):
 def test_the_shipped_network_is_small_and_knows_digits():
     assert DIGITS.stat().st_size < 200_000
     domain = Images()
-    held = domain._held_out
-    images, labels = domain._arrays
+    held = domain.held_out
+    images, labels = domain.pictures, domain.pictures.labels
     features, logits = digits()(images[held])
     assert features.shape == (180, 64)
     assert (logits.argmax(1) == labels[held]).mean() > 0.95
@@ -83,7 +83,7 @@ def test_weights_need_their_reader(tmp_path):
 def test_a_file_judges_a_domain(tmp_path):
     path = scripted(Pooling(), tmp_path / "net.pt")
     domain = Images(features=str(path))
-    images = domain._arrays[0]
+    images = domain.pictures
     scores = domain.metrics(list(images[:40]), list(images[40:90]))
     name = choose(str(path)).name
     assert {f"fid_{name}_vs_given50", f"inception_score_{name}"} <= scores.keys()

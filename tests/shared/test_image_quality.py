@@ -70,7 +70,7 @@ def test_precision_and_recall_tell_fidelity_from_variety():
 
 def test_worse_digits_score_worse():
     domain = Images()
-    images, held = domain._arrays[0], domain._held_out
+    images, held = domain.pictures, domain.held_out
     noise = np.random.default_rng(0).integers(-120, 120, size=images[held].shape)
     broken = (images[held].astype(int) + noise).clip(0, 255).astype(np.uint8)
     good, bad = (domain.metrics(list(these)) for these in (images[held], broken))

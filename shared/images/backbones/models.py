@@ -35,7 +35,8 @@ def unet(
     if preset not in PRESETS:
         raise ValueError(f"model.preset={preset}: give one of {', '.join(PRESETS)}.")
     channels, height, width = domain.shape
-    settings = {**PRESETS[preset], "classes": domain.classes if conditional else 0, **options}
+    own = {"classes": domain.classes if conditional else 0, "augment": domain.augment_entries}
+    settings = {**PRESETS[preset], **own, **options}
     ranged = head is not None and head.learned_range
     if ranged and domain.upscale is not None:
         raise ValueError("model: a model that enlarges (domain.upscale) has no learned range.")
@@ -69,8 +70,11 @@ def uvit(
     :class:`UViT`) change those of the published ``size``.
 
     Raises:
-        ValueError: an unknown size, images that are not square, or sizes that do not divide.
+        ValueError: an unknown size, images that are not square, sizes that do not divide, or
+            augmentation, of which U-ViT cannot be told.
     """
+    if domain.augment_entries:
+        raise ValueError("domain.augment: U-ViT takes no augmentation labels; choose a U-Net.")
     if size not in SIZES:
         raise ValueError(f"model.size={size}: give one of {', '.join(SIZES)}.")
     channels, height, width = domain.shape
