@@ -179,8 +179,10 @@ def _rotate(active: bool) -> Drawn:
 
 def _stretch(active: bool) -> Drawn:
     w, angle = _normal(active), math.pi * _uniform() * _chance(0.5)
-    s = 2.0 ** (-0.2 * w)
-    along = _turn(angle) @ _diagonal(s, 1.0 / s, 1.0) @ _turn(-angle)
+    along = torch.eye(3, dtype=torch.float64)
+    if w:  # turning there and back would leave rounding errors
+        s = 2.0 ** (-0.2 * w)
+        along = _turn(angle) @ _diagonal(s, 1.0 / s, 1.0) @ _turn(-angle)
     return along, [w * math.cos(angle), w * math.sin(angle)]
 
 
