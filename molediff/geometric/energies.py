@@ -90,17 +90,19 @@ class Slope(Energy):
         return F.relu(distance if self.rising else -distance)
 
 
-def fingerprint_energy(predict: Predict, bits: np.ndarray) -> Energy:
+def fingerprint_energy(predict: Predict, bits: np.ndarray | str) -> Energy:
     """sum over bits of (sigmoid(logit) - bit)^2 (EEGSDE, Sec. 5.3): similarity to a molecule.
 
     ``predict``: (x, t, mask, cond) -> logits [batch, n]; ``bits`` [n] of
-    :func:`molediff.fingerprints.fingerprint`, of the kind that the predictor was trained on.
+    :func:`molediff.fingerprints.fingerprint`, of the kind that the predictor was trained on, or
+    the name of a condition with the bits of each molecule [batch, n].
     """
 
     def probability(x: State, t: Time, mask: Tensor | None, cond: Condition | None) -> Tensor:
         return predict(x, t, mask, cond).sigmoid()
 
-    return SquaredError(probability, torch.from_numpy(bits.astype(np.float32)), name="fingerprint")
+    target = bits if isinstance(bits, str) else torch.from_numpy(bits.astype(np.float32))
+    return SquaredError(probability, target, name="fingerprint")
 
 
 # -- composition ------------------------------------------------------------------------------
