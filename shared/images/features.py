@@ -12,7 +12,9 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from shared.checkpoints import read_pickled_tensors
 from shared.images.pictures import Pictures
 
 DIGITS = Path(__file__).parent / "pretrained" / "digit_features.safetensors"
@@ -123,8 +126,7 @@ def digits() -> Features:
 def inception(path: Path | str, sha256: str | None = None) -> Features:
     """The network in ``path``: TorchScript (NVIDIA's export of Inception, or any module that gives
     features [n, k], or features and logits, for uint8 [n, 3, height, width]), or the weights of
-    the TensorFlow Inception of 2015-12-05, which torchmetrics reads where torch-fidelity is
-    installed.
+    the TensorFlow Inception of 2015-12-05, which torch-fidelity reads where it is installed.
 
     Args:
         sha256: what the hash of the file has to begin with. A name like ``...-6726825d.pth`` tells
@@ -162,22 +164,26 @@ def _scripted(path: Path) -> Extract | None:
 
 def _weights(path: Path) -> Extract:
     try:
-        from torchmetrics.image.fid import NoTrainInceptionV3
-
-        network: Any = NoTrainInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], str(path)
-        )
+        reader = import_module("torch_fidelity.feature_extractor_inceptionv3")
+        state = load_file(path) if path.suffix == ".safetensors" else read_pickled_tensors(path)
+        with TemporaryDirectory() as folder:
+            # torch-fidelity unpickles what it is given, so it is given tensors and nothing else
+            torch.save(dict(state), clean := Path(folder) / "weights.pth")
+            network = reader.FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], str(clean)
+            )
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"domain.features: {path} is no TorchScript file; to read it as weights of Inception "
-            "install torch-fidelity, or give a TorchScript file."
+            "install torch-fidelity and torchvision (pip install 'molediff[images]'), or give a "
+            "TorchScript file."
         ) from error
     except Exception as error:  # a foreign reader
         raise ValueError(f"domain.features: {path} is no Inception network ({error}).") from error
 
     def extract(x: Tensor) -> tuple[Tensor, Tensor]:
-        features, logits = network.torch_fidelity_forward(x)
-        return features.flatten(1), logits
+        features, logits = network(x)
+        return features, logits
 
     return extract
 
