@@ -14,11 +14,14 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from shared.images.domain import Images
+from shared.images.features import Features
+from shared.images.pictures import Pictures
 from shared.images.quality import (
     coverage,
     frechet_distance,
     inception_score,
     kernel_distance,
+    scores,
 )
 
 
@@ -82,3 +85,14 @@ def test_worse_digits_score_worse():
     for name in ("precision_digits_vs_train1617", "inception_score_digits"):
         assert float(good[name]) > float(bad[name])
     assert float(good["precision_digits_vs_train1617"]) > 0.7
+
+
+def test_the_kernel_distance_takes_so_many_samples_at_most(points, monkeypatch):
+    monkeypatch.setattr("shared.images.quality.KERNEL", 25)
+    features = Features("plain", lambda x: (x.flatten(1).double(), None))
+    pictures = np.random.default_rng(0).integers(0, 9, (60, 2, 3, 3), dtype=np.uint8)
+    found = scores(features, pictures[:40], pictures[40:], "given")
+    assert found["kid_plain_vs_given20"].n == 25
+    assert found["fid_plain_vs_given20"].n == 40
+    found = scores(features, pictures[:20], Pictures.of(pictures[20:]), "train")
+    assert {"kid_plain_vs_train25", "fid_plain_vs_train40"} <= found.keys()
