@@ -118,6 +118,11 @@ class Molecule:
 
     def replace(self, **changes: Any) -> Molecule:
         """A copy with some attributes changed."""
+        if changes.keys() <= {"name", "properties"}:  # nothing to check again
+            twin = object.__new__(Molecule)
+            twin.__dict__.update(vars(self), **changes)
+            twin.__dict__["properties"] = MappingProxyType(dict(twin.properties))
+            return twin
         return replace(self, **changes)
 
     @classmethod
@@ -128,23 +133,25 @@ class Molecule:
         Raises:
             ValueError: an atom that is no element or a bond order without a value (dative, zero).
         """
-        atoms, links = list(mol.GetAtoms()), list(mol.GetBonds())
-        odd = [str(b.GetBondType()) for b in links if b.GetBondType() not in _ORDER_OF_TYPE]
-        if odd:
-            raise ValueError(f"bond type {odd[0]}: expected single, double, triple or aromatic")
         if mol.NeedsUpdatePropertyCache():
             mol = Chem.Mol(mol)
             mol.UpdatePropertyCache(strict=False)
-            atoms = list(mol.GetAtoms())
-        pairs = [(b.GetBeginAtomIdx(), b.GetEndAtomIdx()) for b in links]
+        links = [(b.GetBeginAtomIdx(), b.GetEndAtomIdx(), b.GetBondType()) for b in mol.GetBonds()]
+        odd = [str(kind) for *_, kind in links if kind not in _ORDER_OF_TYPE]
+        if odd:
+            raise ValueError(f"bond type {odd[0]}: expected single, double, triple or aromatic")
+        atoms = [
+            (a.GetAtomicNum(), a.GetFormalCharge(), a.GetTotalNumHs()) for a in mol.GetAtoms()
+        ]
+        numbers, charges, hydrogens = np.array(atoms, dtype=np.int64).reshape(-1, 3).T
         known = mol.GetNumConformers() > 0
         return cls(
-            np.array([a.GetAtomicNum() for a in atoms], dtype=np.int64),
+            numbers,
             mol.GetConformer(conformer).GetPositions() if known else None,
-            np.array([a.GetFormalCharge() for a in atoms], dtype=np.int64),
-            np.array(pairs, dtype=np.int64).reshape(-1, 2),
-            np.array([_ORDER_OF_TYPE[b.GetBondType()] for b in links], dtype=np.int64),
-            np.array([a.GetTotalNumHs() for a in atoms], dtype=np.int64),
+            charges,
+            np.array([pair for *pair, _ in links], dtype=np.int64).reshape(-1, 2),
+            np.array([_ORDER_OF_TYPE[kind] for *_, kind in links], dtype=np.int64),
+            hydrogens,
             mol.GetPropsAsDict(autoConvertStrings=False),
             mol.GetProp("_Name") if mol.HasProp("_Name") else "",
         )
@@ -296,7 +303,6 @@ def _bonds(bonds: ArrayLike, orders: ArrayLike, n: int) -> tuple[np.ndarray, np.
         raise ValueError(f"bonds: an index is outside 0..{n - 1}")
     if (pairs[:, 0] == pairs[:, 1]).any():
         raise ValueError("bonds: an atom is bonded to itself")
-    keys = np.sort(pairs, axis=1) @ np.array([n, 1])
-    if len(np.unique(keys)) < len(keys):
+    if len({(i, j) if i < j else (j, i) for i, j in pairs.tolist()}) < len(pairs):
         raise ValueError("bonds: the same pair appears twice")
     return pairs.astype(np.int32), values.astype(np.int8)
