@@ -20,6 +20,7 @@ from rdkit import Chem, RDConfig, rdBase
 from rdkit.Chem import Descriptors
 from torch import Tensor
 
+from molediff.fingerprints import fingerprint, read_structure, tanimoto
 from molediff.molecules import Molecule
 from molediff.oracles import PROPERTIES, XTBOracle, check_properties
 from molediff.own import load_function, run_file
@@ -161,6 +162,21 @@ def lacks(smarts: str) -> Scorer:
     return Scorer(f"lacks:{smarts}", lambda m: 1.0 - _match(m, pattern), bounds=(0.0, 1.0))
 
 
+def similar(structure: str) -> Scorer:
+    """Tanimoto similarity of Morgan fingerprints (radius 2, 1024 bits) to a molecule given as
+    SMILES or as a file that tells bonds.
+
+    Raises:
+        ConfigurationError: neither.
+    """
+    goal = fingerprint(Chem.MolToSmiles(_heavy(read_structure(structure))), "morgan")
+
+    def value(mol: Chem.Mol) -> float:
+        return float(tanimoto(fingerprint(Chem.MolToSmiles(mol), "morgan"), goal))
+
+    return Scorer(f"similar:{structure}", lambda m: _of_graph(m, value), bounds=(0.0, 1.0))
+
+
 def xtb_property(name: str, oracle: XTBOracle | None = None) -> Scorer:
     """A property by GFN2-xTB, calibrated as ``oracle`` is (by default the shipped lines). It wants
     a geometry, no bonds.
@@ -208,12 +224,12 @@ NAMED: Mapping[str, Callable[[], Scorer]] = {
     **{f"xtb_{name}": partial(xtb_property, name) for name in PROPERTIES},
 }
 """Scorers without arguments."""
-WITH_ARGUMENT = {"has": has, "lacks": lacks}
+WITH_ARGUMENT = {"has": has, "lacks": lacks, "similar": similar}
 
 
 def scorer(name: str) -> Scorer:
-    """A scorer by its name: one of ``NAMED``, 'has:SMARTS', 'lacks:SMARTS', 'path.py:function' or
-    a descriptor of RDKit.
+    """A scorer by its name: one of ``NAMED``, 'has:SMARTS', 'lacks:SMARTS', 'similar:SMILES',
+    'path.py:function' or a descriptor of RDKit.
 
     Raises:
         ValueError: no such scorer; lists those there are.
@@ -229,7 +245,7 @@ def scorer(name: str) -> Scorer:
         return descriptor(name)
     raise ValueError(
         f"no scorer '{name}'{nearest(name, [*NAMED, *_FUNCTIONS])} Known: {', '.join(NAMED)}, "
-        f"{', '.join(f'{key}:SMARTS' for key in WITH_ARGUMENT)}, path.py:function, and the "
+        f"has:SMARTS, lacks:SMARTS, similar:SMILES, path.py:function, and the "
         f"{len(_FUNCTIONS)} descriptors of RDKit by name."
     )
 

@@ -46,7 +46,7 @@ class Steering:
     """
 
     energies: str | None = "auto"
-    fingerprints: str | None = None
+    fingerprints: str | None = "auto"
     strength: float = 1.0
     condition: float = 2.0
     pull: float = 1.0
@@ -163,17 +163,16 @@ class Plan:
         return terms
 
     def _similarity(self) -> Term:
-        if self.steering.fingerprints is None:
+        name = companion(self.steering.fingerprints, self.model, "fingerprint")
+        if name is None:
             raise ConfigurationError(
                 "similar: give fingerprints=RUN, a property model trained with "
-                "experiment=qm9_fingerprint."
+                "experiment=qm9_fingerprint, or steer without one: score='similar:SMILES'."
             )
-        predictor = _fitting(Predictor.load(self.steering.fingerprints), self.model)
+        predictor = _fitting(Predictor.load(name), self.model)
         domain = predictor.domain
         if not isinstance(domain, FingerprintMolecules):
-            raise ConfigurationError(
-                f"fingerprints={self.steering.fingerprints} predicts properties, not fingerprints."
-            )
+            raise ConfigurationError(f"fingerprints={name} predicts properties, not fingerprints.")
         bits = fingerprint(read_structure(str(self.wish.similar)), domain.kind)
         energy = fingerprint_energy(predictor.network.predict, bits)
         return Term(energy, self.steering.pull)

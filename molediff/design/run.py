@@ -28,7 +28,7 @@ from molediff.files import write
 from molediff.geometric.predicting import NetworkOracle
 from molediff.molecules import Molecule
 from molediff.oracles import Oracle, XTBOracle, shipped
-from molediff.scorers import Scorer
+from molediff.scorers import Scorer, similar
 from shared.cli import Outcome, Program, Progress
 from shared.configuration import ConfigurationError, plain
 from shared.domains import Invalid
@@ -202,7 +202,9 @@ def design(
 
 def _judge(plan: Plan, oracle: str | None, xtb: bool | str) -> Judge:
     """Everything that was wished for, under the eyes of the oracles."""
-    found, scorers = oracles(plan.model, oracle, xtb, plan.wish.scorers), plan.wish.scorers
+    found, scorers = oracles(plan.model, oracle, xtb, plan.wish.scorers), list(plan.wish.scorers)
+    if plan.wish.similar is not None:
+        scorers.append(similar(plan.wish.similar))
     return Judge(plan.targets, plan.properties, found, plan.composition, scorers)
 
 

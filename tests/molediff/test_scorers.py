@@ -201,3 +201,14 @@ def test_the_best_of_n_is_the_best_of_its_tries(model):
 def test_a_reward_wants_a_scorer(model):
     with pytest.raises(ValueError, match="at least one"):
         reward(model.domain)
+
+
+def test_similar():
+    ethanol, ether = (Molecule.from_rdkit(Chem.MolFromSmiles(s)) for s in ("CCO", "COC"))
+    judge = scorer("similar:OCC")
+    values = judge([ethanol, ether, Invalid("x", "nothing")])
+    assert values[0] == 1.0
+    assert 0.0 < values[1] < 0.5
+    assert values[2] == judge.worst == 0.0
+    with pytest.raises(ValueError, match="give SMILES or a file"):
+        scorer("similar:no molecule")
