@@ -279,7 +279,7 @@ def convert(config: DictConfig, program: Program, progress: Progress | None = No
 
 def _extras(config: Any, converter: Converter) -> dict[str, Any]:
     """What the user tells of a checkpoint, as far as its converter takes it."""
-    given = {key: config[key] for key in ("sizes", "properties") if config[key]}
+    given = {key: config[key] for key in ("sizes", "properties", "autoencoder") if config[key]}
     taken = inspect.signature(converter.convert).parameters
     for key, value in given.items():
         if key not in taken:

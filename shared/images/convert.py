@@ -131,7 +131,12 @@ def _bare(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _save(
-    out: Path, model: Config, schedule: Config, weights: Mapping[str, Tensor], side: int
+    out: Path,
+    model: Config,
+    schedule: Config,
+    weights: Mapping[str, Tensor],
+    side: int,
+    autoencoder: str | None = None,
 ) -> None:
     """Write the run folder. ``model`` has the options of the network beside its target."""
     from omegaconf import OmegaConf
@@ -140,17 +145,20 @@ def _save(
     from shared.configuration import build
     from shared.images.domain import Images
 
-    if (channels := model.pop("channels")) not in (1, 3):
+    shape: list[int] = [model.pop("channels"), side, side]
+    constants: Config = {}
+    if autoencoder is not None:
+        shape, constants = _published_latents(autoencoder, shape)
+    elif shape[0] not in (1, 3):
         raise ValueError(
-            f"the network works on {channels} channels: latents of an autoencoder, not images."
+            f"the network works on {shape[0]} channels: latents of an autoencoder; give "
+            "autoencoder=FOLDER, of the one that it was trained with."
         )
-    statistics = {
-        "domain": Images.name,
-        "shape": [channels, side, side],
-        "class_counts": [1] * model["classes"],
-    }
+    statistics = {"domain": Images.name, "shape": shape, "class_counts": [1] * model["classes"]}
+    statistics |= constants
     # the data are the user's; samples need none
     domain = {"_target_": "shared.images.domain.Images", "data": "data.npz"}
+    domain |= {"autoencoder": autoencoder} if autoencoder else {}
     config = {"domain": domain, "model": model, "schedule": schedule}
     built = build(OmegaConf.create(domain))
     built.restore(statistics)
@@ -158,6 +166,29 @@ def _save(
     denoiser = build(OmegaConf.create(model), domain=built, schedule=steps)
     denoiser.backbone.load_state_dict(weights)
     checkpoints.save(out, denoiser, config=config, domain=statistics, step=0)
+
+
+def _published_latents(autoencoder: str, shape: list[int]) -> tuple[list[int], Config]:
+    """The shape of the images, and the constants of latents of ``shape``."""
+    import torch
+
+    from shared.images.latents import open_autoencoder
+
+    opened = open_autoencoder(autoencoder)
+    if opened.published_scale is None:
+        raise ValueError(
+            f"autoencoder={autoencoder} does not tell the scale of its latents; give a folder of "
+            "diffusers' AutoencoderKL."
+        )
+    try:
+        with torch.no_grad():
+            images = opened.images(torch.zeros(1, *shape))
+    except RuntimeError as error:
+        raise ValueError(f"autoencoder={autoencoder} has no latents {shape} ({error}).") from None
+    scale, weights = opened.published_scale, opened.fingerprint()
+    return list(images.shape[1:]), {
+        "latents": {"shape": shape, "scale": scale, "weights": weights}
+    }
 
 
 def _head(parameterisation: str, **more: Any) -> Config:
@@ -186,6 +217,7 @@ def _learned_range(options: Mapping[str, Any]) -> Config:
 
 
 TABLE = {"_target_": "shared.schedules.VPDiscrete.linear"}
+LATENT_TABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 STEPS = {"_target_": "shared.losses.UniformTime", "steps": 1000}
 
 
@@ -271,16 +303,25 @@ def convert_edm(content: Mapping[str, Any], path: Path, out: Path) -> None:
     _save(out, model, schedule, weights, edm_side(state))
 
 
-def convert_uvit(content: Mapping[str, Any], path: Path, out: Path) -> None:
-    """U-ViT of pixels, with the linear VP process."""
-    from shared.images.backbones.uvit import uvit_options, uvit_weights
+def convert_uvit(
+    content: Mapping[str, Any], path: Path, out: Path, autoencoder: str | None = None
+) -> None:
+    """U-ViT, with the linear VP process; the huge models, which are of latents, with the table of
+    betas of latent diffusion, as published."""
+    from shared.images.backbones.diffusers import from_scheduler
+    from shared.images.backbones.uvit import SIZES, uvit_options, uvit_weights
 
     state = tensors_of(content)
     options = uvit_options(state)
     side, target = options.pop("side"), "shared.images.backbones.models.uvit"
     parts = {"head": _head("Noise"), "time_code": _code("time", 999.0)}
-    schedule = {"_target_": "shared.schedules.VPLinear"}
-    _save(out, {"_target_": target, **options, **parts}, schedule, uvit_weights(state), side)
+    schedule: Config = {"_target_": "shared.schedules.VPLinear"}
+    if options["width"] == SIZES["huge"]["width"]:
+        betas = from_scheduler({**LATENT_TABLE, "num_train_timesteps": 1000}).betas
+        schedule = {"_target_": "shared.schedules.VPDiscrete", "betas": list(betas)}
+        parts["time_code"] = _code("time", 1000.0)
+    model = {"_target_": target, **options, **parts}
+    _save(out, model, schedule, uvit_weights(state), side, autoencoder)
 
 
 def _with(*names: str) -> Callable[[frozenset[str]], bool]:

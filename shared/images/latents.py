@@ -109,7 +109,7 @@ def _diffusers(folder: Path) -> DiffusersAutoencoder:
     diffusers = need("diffusers", f"domain.autoencoder={folder}", "peers")
     try:
         network = diffusers.AutoencoderKL.from_pretrained(
-            str(folder), use_safetensors=True, local_files_only=True
+            str(folder), use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
         )
     except Exception as error:  # a foreign reader
         raise ValueError(f"domain.autoencoder={folder} cannot be read ({error}).") from error

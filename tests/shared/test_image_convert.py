@@ -14,10 +14,12 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import save_file
 
 from shared import cli, verbs
+from shared.cli import main
 from shared.images.backbones.diffusers import from_pipeline
 from shared.images.backbones.uvit import UViT
 from shared.images.cli import PROGRAM
 from shared.images.convert import read, tensors_of
+from shared.models import load
 from shared.predictions import KarrasPreconditioned, Velocity
 from shared.schedules import Karras, VarianceExploding, VPDiscrete, VPLinear
 
@@ -239,9 +241,45 @@ def test_mistakes_are_one_line(pipeline, tmp_path, capsys):
     assert "sample_size=None" in refused(tmp_path / "theirs", out, capsys)
 
 
-def test_latents_are_no_images(tmp_path, capsys):
+def test_latents_need_their_autoencoder(tmp_path, capsys):
     torch.save(UViT(4, 8, width=64, depth=2, heads=1).state_dict(), tmp_path / "latent.pth")
-    assert "autoencoder" in refused(tmp_path / "latent.pth", tmp_path / "ours", capsys)
+    text = refused(tmp_path / "latent.pth", tmp_path / "ours", capsys)
+    assert "give autoencoder=FOLDER" in text
+
+
+@pytest.mark.parametrize("width", [64, 1152])
+def test_uvit_of_latents(tmp_path, capsys, width):
+    diffusers = pytest.importorskip("diffusers")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        network = UViT(4, 4, patch=4, width=width, depth=2, heads=1, classes=3)
+        blocks = {
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "block_out_channels": (8, 8),
+        }
+        autoencoder = diffusers.AutoencoderKL(**blocks, latent_channels=4, norm_num_groups=4)
+    autoencoder.save_pretrained(str(tmp_path / "vae"))
+    torch.save(network.state_dict(), tmp_path / "latent.pth")
+    words = ["convert", str(tmp_path / "latent.pth"), f"autoencoder={tmp_path / 'vae'}"]
+    assert main(PROGRAM, [*words, f"out={tmp_path / 'ours'}"]) == 0
+    model = load(tmp_path / "ours")
+    assert (model.domain.shape, model.domain.picture_shape) == ((4, 4, 4), (3, 8, 8))
+    schedule = model.denoiser.process.lead
+    if width == 1152:
+        betas = torch.tensor(schedule.betas, dtype=torch.float64)
+        assert (float(betas[0]), float(betas[-1])) == pytest.approx((0.00085, 0.012))
+        assert betas.sqrt().diff().std() < 1e-12
+        assert float(model.denoiser.time_code(schedule, torch.tensor(1.0))) == 1000.0
+    else:
+        assert type(schedule).__name__ == "VPLinear"
+    (picture,) = model.sample(1, steps=2, seed=0)
+    assert picture.shape == (8, 8, 3)
+    torch.save(UViT(5, 4, patch=4, width=64, depth=2, heads=1).state_dict(), tmp_path / "b.pth")
+    words = ["convert", str(tmp_path / "b.pth"), f"autoencoder={tmp_path / 'vae'}"]
+    capsys.readouterr()
+    assert main(PROGRAM, [*words, f"out={tmp_path / 'no'}"]) == 2
+    assert "has no latents [5, 4, 4]" in capsys.readouterr().err
 
 
 def test_averages_that_do_not_fit_are_refused(tmp_path):
