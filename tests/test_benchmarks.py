@@ -107,3 +107,15 @@ def test_rows_are_kept_while_their_subject_is_the_same(tmp_path):
 def test_weights_tell_models_apart():
     model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     assert common.weights(model) == common.weights(model) != common.weights(other)
+
+
+def test_similarity(tmp_path):
+    for k, smiles in enumerate(("CC", "CO", "CN", "C=O", "CCO", "C#N")):
+        mol = Chem.AddHs(Chem.MolFromSmiles(smiles))
+        rdDistGeom.EmbedMolecule(mol, randomSeed=k)
+        molediff.write(tmp_path / "raw.sdf", [Molecule.from_rdkit(mol)])
+    prepare(tmp_path / "raw.sdf", tmp_path / "data", fractions=(0.5, 0.5, 0.0))
+    result = run("similarity", tmp_path, "--data", str(tmp_path / "data"))
+    assert [row["strength"] for row in result["rows"]] == [0.0, 0.5]
+    assert all(0.0 <= row["tanimoto"]["value"] <= 1.0 for row in result["rows"])
+    assert {row["kind"] for row in result["rows"]} == {"morgan"}

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from rdkit import Chem
 
 from molediff.design.wishes import Wish
 from molediff.fingerprints import fingerprint, read_structure
@@ -123,7 +124,16 @@ class Plan:
         """For the domain's template: what the generator is told."""
         names = {name.lower(): name for name in self.domain.properties}
         told = {names[k.lower()]: v for k, v in self.wish.targets.items() if k.lower() in names}
-        return told if self.wish.atoms is None else {**told, "atoms": self.wish.atoms}
+        atoms = self.wish.atoms if self.wish.atoms is not None else self._resembled_atoms
+        return told if atoms is None else {**told, "atoms": atoms}
+
+    @property
+    def _resembled_atoms(self) -> int | None:
+        """As many as the molecule to be resembled has, where the generator knows such sizes."""
+        if self.wish.similar is None or self.wish.scaffold is not None:
+            return None
+        count = Chem.AddHs(read_structure(self.wish.similar).to_rdkit()).GetNumAtoms()
+        return count if str(count) in self.domain.statistics()["sizes"] else None
 
     # -- how it is reached --------------------------------------------------------------------
 

@@ -39,6 +39,9 @@ class FingerprintMolecules(Molecules):
         super().restore(statistics)
         self.kind, self.properties = str(statistics["fingerprint"]), self.names
 
+    def keepsakes(self) -> dict[str, bytes]:
+        return {}
+
     def _known(self, training: MoleculeData, most: int = 0) -> list[list[float | None]]:
         return []
 

@@ -118,6 +118,18 @@ def test_mistakes_are_one_line_and_leave_nothing(runs, tmp_path, capsys, wishes,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_molecule_to_be_resembled(tmp_path):
+    out = tmp_path / "alike"
+    run = ["design", "similar=OCC1CC1", "n=3", "steps=6", "seed=0", "xtb=false", f"out={out}"]
+    assert cli.main(PROGRAM, run) in (0, 1)
+    with (out / "molecules.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert all(row["atoms"] == "13" for row in rows)  # those of cyclopropylmethanol
+    assert "similar:OCC1CC1" in rows[0]
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["wish"]["similar"] == "OCC1CC1"
+
+
 def test_a_far_target_is_tried_when_told_to(runs, tmp_path, capsys):
     cli.main(PROGRAM, words(runs, tmp_path, "mass=1e4", "n=2", "force=true"))
     assert "warning: mass = 10000" in capsys.readouterr().out
