@@ -27,8 +27,10 @@ from shared.heads import new_head, train_head
 from shared.images import files
 from shared.images.domain import Images
 from shared.images.quality import frechet_distance
+from shared.metrics import Estimate
 from shared.models import Model, load
 from shared.resampling import jackknife
+from shared.sampling import Summary
 from shared.solvers import (
     DDIM,
     DDPM,
@@ -130,23 +132,30 @@ class Bench:
     def heads(self) -> dict[str, Any]:
         return {}
 
-    def score(self, name: str, calls: int) -> dict[str, Any]:
-        make, grid, kind = SOLVERS[name]
+    def fid(
+        self, solver: Any, grid: Any, calls: int, denoise: Any = None
+    ) -> tuple[Estimate, Summary]:
+        """FID of new samples against the training images."""
         result = self.model.generate(
             self.args.n,
-            solver=make(self),
-            grid=self.grid() if grid is None else grid,
+            solver=solver,
+            grid=grid,
             steps=calls,
             seed=self.args.seed,
             batch=256,
-            denoise=None if kind is None else self.head(kind),
+            denoise=denoise,
         )
         found = [item for item in result.items if not isinstance(item, Invalid)]
         points = self.features(np.stack(found))[0]
-        fid = jackknife(lambda p: frechet_distance(p, self.truth), points)
+        return jackknife(lambda p: frechet_distance(p, self.truth), points), result.summary
+
+    def score(self, name: str, calls: int) -> dict[str, Any]:
+        make, grid, kind = SOLVERS[name]
+        denoise = None if kind is None else self.head(kind)
+        fid, made = self.fid(make(self), grid or self.grid(), calls, denoise)
         return {
-            "solver": name, "calls": calls, "used": result.summary.nfe, "n": len(found),
-            "seed": self.args.seed, "seconds": result.summary.seconds, "fid": fid.as_json(),
+            "solver": name, "calls": calls, "used": made.nfe, "n": made.ok,
+            "seed": self.args.seed, "seconds": made.seconds, "fid": fid.as_json(),
         }  # fmt: skip
 
 
