@@ -235,7 +235,7 @@ def halvings(first: int, steps: int, method: str = "progressive") -> Iterator[in
 def distill(config: DictConfig, program: Program, progress: Progress | None = None) -> Outcome:
     """Distill the run ``config.run`` into the folder ``config.out``, which ``sample`` takes as a
     run and samples as distilled unless told otherwise."""
-    model = load(config.run, config.checkpoint)
+    model = load(config.run, config.checkpoint, config.data)
     program.check_domain(model.checkpoint.config["domain"])
     if config.out is None:
         raise ConfigurationError("distill: 'out' is missing; give out=FOLDER.")

@@ -128,11 +128,14 @@ def suited(group: str, domain: Domain[Any], **options: Any) -> Any:
     return choose(group, getattr(domain, group), **given)
 
 
-def load(run: str | Path, checkpoint: str | None = None) -> Model[Any]:
+def load(
+    run: str | Path, checkpoint: str | None = None, data: str | Path | None = None
+) -> Model[Any]:
     """A trained model by its run folder or pretrained name, with averaged weights if it has any.
 
     Args:
         checkpoint: 'best', 'last' or 'step-NNN'; None: the best there is.
+        data: training data, where they are not (any more) where the run found them.
 
     Raises:
         FileNotFoundError: no such run or checkpoint. ValueError: one that cannot be used.
@@ -140,6 +143,8 @@ def load(run: str | Path, checkpoint: str | None = None) -> Model[Any]:
     opened = Run.open(run)
     stored = checkpoints.load(opened.checkpoint(checkpoint))
     config = OmegaConf.create(dict(stored.config))
+    if data is not None:
+        config.domain.data = str(data)
     domain = build(config.domain)
     domain.restore(stored.statistics)
     denoiser = build(config.model, domain=domain, schedule=build(config.schedule))

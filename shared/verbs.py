@@ -179,7 +179,7 @@ def variance(config: DictConfig, program: Program, progress: Progress | None = N
     """Estimate Gamma (Analytic-DPM) over training data at the times of a grid, or train a variance
     head, and write it beside the weights, where ``solver=analytic_ddpm``, ``grid=least_cost`` and
     ``solver=ddpm_head`` look for it."""
-    model = load(config.run, config.checkpoint)
+    model = load(config.run, config.checkpoint, config.data)
     program.check_domain(model.checkpoint.config["domain"])
     process, device = model.denoiser.process, find_device(config.device)
     if config.kind != "gamma":

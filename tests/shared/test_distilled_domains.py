@@ -10,6 +10,7 @@ from rdkit.Chem import AllChem
 
 import molediff
 from molediff import Molecule
+from molediff.cli import PROGRAM
 from molediff.geometric.domain import Molecules
 from molediff.geometric.models import egnn
 from molediff.geometric.prepare import prepare
@@ -18,6 +19,7 @@ from molediff.graphs.models import graph_denoiser
 from pointdiff.domain import Completion
 from pointdiff.models import latents
 from pointdiff.scanning import Scanner
+from shared import cli
 from shared.batches import Batches
 from shared.distillation import distilled, progressive_loss
 from shared.sampling import Memory, sample
@@ -30,7 +32,8 @@ def molecules(folder):
     for smiles in ("CCO", "O", "CC#N", "CO"):
         mol = Chem.AddHs(Chem.MolFromSmiles(smiles))
         AllChem.EmbedMolecule(mol, randomSeed=7)
-        found.append(Molecule.from_rdkit(mol))
+        labels = dict.fromkeys(("mu", "alpha", "homo", "lumo", "gap", "cv"), float(len(smiles)))
+        found.append(Molecule.from_rdkit(mol).replace(properties=labels))
     molediff.write(folder / "mine.sdf", found)
     prepare(folder / "mine.sdf", folder / "data", fractions=(0.8, 0.2, 0.0))
     domain = Molecules(str(folder / "data"))
@@ -96,3 +99,15 @@ def made(domain, student, solver, steps):
     sink, process = Memory(), student.process
     summary = sample(student, process, domain, 2, solver, steps, PowerTimes(), 0, sink=sink)
     return len(sink.items) - summary.failed
+
+
+def test_a_shipped_model_is_distilled_on_the_data_of_the_user(tmp_path, capsys):
+    molecules(tmp_path)
+    words = ["distill", "run=qm9", "steps=2", "first=4", "updates=1", "batch=2"]
+    words.append(f"out={tmp_path / 'few'}")
+    assert cli.main(PROGRAM, words) == 2
+    assert "data" in capsys.readouterr().err
+    assert not (tmp_path / "few").exists()
+    assert cli.main(PROGRAM, [*words, f"data={tmp_path / 'data'}"]) == 0
+    model = molediff.load(tmp_path / "few")
+    assert model.generate(2, seed=0).summary.nfe == 2
