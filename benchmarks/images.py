@@ -194,7 +194,7 @@ SOLVERS: dict[str, Row] = {
 
 def table(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> str:
     """FID by solver and calls; published values in brackets."""
-    calls = [c for c in args.counts if any(r["calls"] == c for r in rows)]
+    calls = sorted({r["calls"] for r in rows})
     known = PUBLISHED.get(args.published, {})
     lines = []
     for name in dict.fromkeys(r["solver"] for r in rows):
