@@ -38,7 +38,7 @@ SCORES = ("atom_stability", "molecule_stability", "validity", "molecule_stabilit
 
 def gamma(model: Model[Any], data: str, molecules: int = 512) -> dict[str, Gamma]:
     """E||eps_hat||^2 per field over training molecules, for the analytic variance."""
-    training, _ = Molecules(data).datasets()
+    training, _ = Molecules(data, properties=model.domain.properties).datasets()
     chosen = stream(0, 0, "benchmark", 0).permutation(training.lengths.size)[:molecules]
     records = sorted((training[int(i)] for i in chosen), key=lambda r: len(r.elements))
     batches = [model.domain.collate(records[k : k + 64]) for k in range(0, len(records), 64)]
