@@ -237,7 +237,9 @@ def share(config: DictConfig, program: Program, progress: Progress | None = None
     stored = model.checkpoint
     domain = build(OmegaConf.create(dict(stored.config["domain"])))
     settings = plain(OmegaConf.create(dict(stored.config)))
-    settings["domain"] |= {"data": None} if "data" in settings["domain"] else {}
+    for key, value in settings["domain"].items():
+        if key == "data" or (isinstance(value, str) and Path(value).exists()):
+            settings["domain"][key] = None  # what only this machine has
     checkpoints.save(
         out,
         model.denoiser,
