@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -14,6 +13,7 @@ import torch
 from filelock import FileLock
 
 from shared.checkpoints import versions
+from shared.images.latents import fingerprint
 
 
 def environment() -> dict[str, Any]:
@@ -54,10 +54,7 @@ def publish(folder: Path, name: str, result: Mapping[str, Any], table: str) -> N
 
 def weights(model: Any) -> str:
     """Eight hexadecimal digits that tell the weights of a denoiser from others."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.detach().float().numpy().tobytes())
-    return digest.hexdigest()[:8]
+    return fingerprint(model)[:8]
 
 
 class Rows:

@@ -18,10 +18,10 @@ from rdkit import Chem
 from scipy.spatial.distance import pdist, squareform
 from threadpoolctl import ThreadpoolController
 
-from molediff.extras import need
 from molediff.molecules import Molecule
 from molediff.workers import ordered
 from shared.domains import Invalid
+from shared.extras import need
 
 UNITS = {"energy": "eV", "homo": "eV", "lumo": "eV", "gap": "eV", "mu": "D", "alpha": "bohr^3"}
 """Property -> unit."""
@@ -127,7 +127,7 @@ def relaxed(molecule: Molecule, steps: int = STEPS) -> tuple[Molecule, float]:
         ModuleNotFoundError: tblite or ase is not installed.
     """
     for module in ("tblite.ase", "ase.optimize"):
-        need(module, "a relaxation with GFN2-xTB")
+        need(module, "a relaxation with GFN2-xTB", "chemistry")
     check(molecule)
     with _threads().limit(limits=1):
         return _relax(molecule, steps)
@@ -160,7 +160,7 @@ def check(molecule: Molecule) -> None:
 def _packages(relax: bool) -> None:
     modules = ["tblite.interface", "dftd4.interface"]
     for module in [*modules, "tblite.ase", "ase.optimize"] if relax else modules:
-        need(module, "GFN2-xTB")
+        need(module, "GFN2-xTB", "chemistry")
 
 
 @lru_cache(maxsize=1)
@@ -171,7 +171,7 @@ def _threads() -> ThreadpoolController:
 def _orbitals(molecule: Molecule) -> tuple[float, float, float, float]:
     """Energy, HOMO and LUMO (eV) and the dipole moment (Debye)."""
     assert molecule.positions is not None
-    calculator = need("tblite.interface", "GFN2-xTB").Calculator(
+    calculator = need("tblite.interface", "GFN2-xTB", "chemistry").Calculator(
         "GFN2-xTB",
         molecule.atomic_numbers.astype(np.int64),
         molecule.positions.astype(np.float64) / BOHR,
@@ -195,7 +195,7 @@ def _orbitals(molecule: Molecule) -> tuple[float, float, float, float]:
 def _alpha(molecule: Molecule) -> float:
     """Sum of the static atomic polarizabilities of D4, bohr^3."""
     assert molecule.positions is not None
-    model = need("dftd4.interface", "a polarizability").DispersionModel(
+    model = need("dftd4.interface", "a polarizability", "chemistry").DispersionModel(
         molecule.atomic_numbers.astype(np.int64),
         molecule.positions.astype(np.float64) / BOHR,
         float(molecule.charge),
@@ -207,9 +207,9 @@ def _alpha(molecule: Molecule) -> float:
 
 
 def _relax(molecule: Molecule, steps: int) -> tuple[Molecule, float]:
-    ase: Any = need("ase", "a relaxation")
-    optimize: Any = need("ase.optimize", "a relaxation")
-    tblite: Any = need("tblite.ase", "a relaxation")
+    ase: Any = need("ase", "a relaxation", "chemistry")
+    optimize: Any = need("ase.optimize", "a relaxation", "chemistry")
+    tblite: Any = need("tblite.ase", "a relaxation", "chemistry")
     assert molecule.positions is not None
     atoms = ase.Atoms(molecule.atomic_numbers.astype(int), molecule.positions.astype(np.float64))
     atoms.calc = tblite.TBLite(

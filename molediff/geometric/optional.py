@@ -8,9 +8,9 @@ from contextlib import suppress
 import numpy as np
 
 from molediff.bonds import perceive
-from molediff.extras import need
 from molediff.molecules import Molecule
 from molediff.xtb import ERRORS, STEPS, relaxed
+from shared.extras import need
 from shared.metrics import Estimate, mean, proportion
 
 RESAMPLES = 20
@@ -25,7 +25,7 @@ def fcd(smiles: Sequence[str], reference: Sequence[str]) -> Estimate:
     Raises:
         ModuleNotFoundError: fcd_torch is not installed.
     """
-    package = need("fcd_torch", "extras: 'fcd'")
+    package = need("fcd_torch", "extras: 'fcd'", "chemistry")
     if min(len(smiles), len(reference)) < 2:
         return Estimate(np.nan, len(smiles), np.nan, np.nan)
     network = package.FCD(device="cpu")
@@ -61,7 +61,7 @@ def posebusters(molecules: Sequence[Molecule], perception: str = "rdkit") -> Est
     Raises:
         ModuleNotFoundError: posebusters is not installed.
     """
-    package = need("posebusters", "extras: 'posebusters'")
+    package = need("posebusters", "extras: 'posebusters'", "chemistry")
     ready = []
     for molecule in molecules:
         try:
@@ -85,7 +85,7 @@ def strain(molecules: Sequence[Molecule], steps: int = STEPS) -> dict[str, Estim
         ModuleNotFoundError: tblite or ase is not installed.
     """
     for module in ("tblite.ase", "ase.optimize"):
-        need(module, "extras: 'strain'")
+        need(module, "extras: 'strain'", "chemistry")
     energies = []
     for molecule in molecules:
         with suppress(*ERRORS):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shared.images.extras import need
+from shared.extras import need
 from shared.images.pictures import Pictures
 from shared.images.records import scaled
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from shared.configuration import nearest
-from shared.images.extras import need
+from shared.extras import need
 from shared.images.pictures import SUFFIXES, Files, Frame, Pictures, picture
 
 PREFIX = "hf:"
@@ -298,7 +298,7 @@ class Database:
 
     def _environment(self) -> Any:
         if self._opened[0] != os.getpid():
-            lmdb = need("lmdb", f"domain.data={self.path}: an LSUN database")
+            lmdb = need("lmdb", f"domain.data={self.path}: an LSUN database", "images")
             options = {"readonly": True, "lock": False, "readahead": False}
             try:
                 environment = lmdb.open(str(self.path), **options)
@@ -358,7 +358,7 @@ def hugging_face(data: str, size: int | None, label: str | None) -> Pictures:
     Raises:
         ModuleNotFoundError: the package datasets is not installed. ValueError: no pictures there.
     """
-    datasets = need("datasets", f"domain.data={data}")
+    datasets = need("datasets", f"domain.data={data}", "images")
     name, _, split = data.removeprefix(PREFIX).partition(":")
     split = split or "train"
     try:

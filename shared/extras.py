@@ -1,4 +1,4 @@
-"""Packages of the extra ``chemistry``, imported where they are needed."""
+"""Optional packages, imported where they are used."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import importlib
 from typing import Any
 
 
-def need(module: str, purpose: str) -> Any:
-    """The module.
+def need(module: str, purpose: str, extra: str) -> Any:
+    """The module, which the extra of that name installs.
 
     Raises:
         ModuleNotFoundError: it is not installed; says what wants it and how to get it.
@@ -16,6 +16,5 @@ def need(module: str, purpose: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise ModuleNotFoundError(
-            f"{purpose} needs the package {module.split('.')[0]}: "
-            "pip install 'molediff[chemistry]'"
+            f"{purpose} needs the package {module.split('.')[0]}: pip install 'molediff[{extra}]'"
         ) from None
