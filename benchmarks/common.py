@@ -65,6 +65,7 @@ class Rows:
         subject: what all rows share (model, weights, data); rows of another subject are dropped.
         key: what a row is ordered by.
         table: makes the markdown of all rows.
+        current: which rows still hold; others are dropped too.
     """
 
     def __init__(
@@ -74,16 +75,17 @@ class Rows:
         subject: Mapping[str, Any],
         key: Callable[[Mapping[str, Any]], Any],
         table: Callable[[list[dict[str, Any]]], str],
+        current: Callable[[Mapping[str, Any]], bool] = lambda row: True,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.name, self.subject = folder, name, dict(subject)
-        self.key, self.table = key, table
+        self.key, self.table, self.current = key, table, current
 
     def read(self) -> list[dict[str, Any]]:
         file = self.folder / f"{self.name}.json"
         content = json.loads(file.read_text()) if file.exists() else {}
         same = all(content.get(key) == value for key, value in self.subject.items())
-        return list(content["rows"]) if content and same else []
+        return [row for row in content["rows"] if self.current(row)] if content and same else []
 
     def has(self, **settings: Any) -> bool:
         return any(settings.items() <= row.items() for row in self.read())

@@ -12,26 +12,28 @@ as many points as the scan. "Kept" says that points on the scan were replaced by
 Chamfer-L2 (mean squared distance to the nearest point, both ways, added) is times 1e4, EMD (mean
 distance, exact) times 1e2, F1 at a squared distance of 1e-4; of shapes with largest radius 1, so
 that Chamfer is four times, and EMD twice, what it is in a unit cube. Means over the first n test
-shapes, one fixed scan of each; standard errors are in the JSON.
+shapes, one fixed scan of each; standard errors are in the JSON. Rows that the folder has
+already are kept, those of the model as long as its weights are the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pcn
 import torch
-from common import markdown, publish
+from common import Rows, markdown, weights
 
 import pointdiff  # noqa: F401 (registers the pretrained models)
 from pointdiff.clouds import Cloud, resample
-from pointdiff.completion import load
+from pointdiff.completion import Completer, load
 from pointdiff.data import Augmentation
 from pointdiff.domain import Completion
 from pointdiff.merging import merge
@@ -41,6 +43,13 @@ from pointdiff.scanning import Scanner
 from shared.randomness import stream
 
 UNITS = {"chamfer_l2": 1e4, "emd": 1e2, "f1": 1.0}
+NAMES = (
+    "the scan",
+    "scan and mirror image",
+    "nearest training shape",
+    "encoder-decoder",
+    "diffusion",
+)
 COLUMNS = ["completion", "kept", "calls", "n", "Chamfer-L2 x1e4", "EMD x1e2", "F1", "seconds each"]
 
 
@@ -76,11 +85,14 @@ def kept(cloud: Cloud, scan: Cloud) -> Cloud:
 
 
 class Table:
-    """Judges ways to complete scans, row by row."""
+    """Judges ways to complete scans, row by row; rows that the folder has already are kept."""
 
-    def __init__(self, pairs: Sequence[Pair]) -> None:
+    def __init__(self, pairs: Sequence[Pair], folder: Path, points: int, weights: str) -> None:
         self.pairs = pairs
-        self.rows: list[dict[str, Any]] = []
+        self.rows = Rows(
+            *(folder, "completion", {"points": points, "seed": 0}, _order, _markdown),
+            current=lambda row: row.get("weights") in (None, weights),
+        )
 
     def add(
         self,
@@ -89,59 +101,60 @@ class Table:
         calls: int | None = None,
         also_kept: bool = True,
         n: int | None = None,
+        **facts: Any,
     ) -> None:
         """The clouds that ``make`` (scan, index) gives, as they are and with the scan kept."""
-        pairs, start = self.pairs[:n], time.perf_counter()
+        pairs = self.pairs[:n]
+        settings = {"completion": name, "calls": calls, "n": len(pairs), **facts}
+        if all(self.rows.has(**settings, kept=keep) for keep in (False, also_kept)):
+            return
+        start = time.perf_counter()
         clouds = [make(pair.scan, i) for i, pair in enumerate(pairs)]
         seconds = (time.perf_counter() - start) / len(pairs)
         for keep in (False, True)[: 1 + also_kept]:
+            if self.rows.has(**settings, kept=keep):
+                continue
             made = (
                 [kept(c, p.scan) for c, p in zip(clouds, pairs, strict=True)] if keep else clouds
             )
             found = evaluate(made, [pair.truth for pair in pairs])
-            self.rows.append(
-                {"completion": name, "kept": keep, "calls": calls, "n": len(pairs)}
-                | {key: found[key].as_json() for key in UNITS}
-                | {"seconds": seconds}
-            )
-
-    def markdown(self) -> str:
-        cells = [
-            [row["completion"], "yes" if row["kept"] else "", row["calls"], row["n"]]
-            + [f"{unit * row[key]['value']:.3f}" for key, unit in UNITS.items()]
-            + [f"{row['seconds']:.2f}"]
-            for row in self.rows
-        ]
-        return markdown(COLUMNS, cells)
+            scores = {key: found[key].as_json() for key in UNITS}
+            self.rows.add({**settings, "kept": keep, **scores, "seconds": seconds})
 
 
-def compare(given: argparse.Namespace) -> tuple[Table, dict[str, Any]]:
-    """Everything that is compared, and facts about it."""
-    scanner = Scanner(points=given.points)
-    domain = Completion(given.data, given.points, scanner, frame="data")
-    count = min(given.n, len(domain.test))
-    records = [domain.test[i] for i in range(count)]
-    table = Table([Pair(r.partial[:, :3], r.complete) for r in records])
+def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (NAMES.index(row["completion"]), row["calls"] or 0, row["kept"])
+
+
+def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    cells = [
+        [row["completion"], "yes" if row["kept"] else "", row["calls"], row["n"]]
+        + [f"{unit * row[key]['value']:.3f}" for key, unit in UNITS.items()]
+        + [f"{row['seconds']:.2f}"]
+        for row in rows
+    ]
+    return markdown(COLUMNS, cells)
+
+
+def compare(given: argparse.Namespace) -> None:
+    """Everything that is compared."""
+    domain = Completion(given.data, given.points, Scanner(points=given.points), frame="data")
+    records = [domain.test[i] for i in range(min(given.n, len(domain.test)))]
+    pairs = [Pair(r.partial[:, :3], r.complete) for r in records]
+    model = None if given.run is None else load(given.run)
+    digest = "" if model is None else weights(model.model.denoiser)
+    table = Table(pairs, given.out, given.points, digest)
     table.add("the scan", lambda scan, i: scan, also_kept=False)
     table.add("scan and mirror image", mirrored)
     table.add("nearest training shape", lambda scan, i: nearest(domain, scan))
-    facts: dict[str, Any] = {"points": given.points, "seed": 0}
+    if model is not None:
+        add_model(table, model, given, digest)
     if given.pcn_seconds:
-        augment = Augmentation(rotation=15.0, mirror=0.5, stretch=1.15, turned=0.5)
-        own = Completion(
-            given.data, 1024, Scanner(points=1024), augment=augment, views=given.views
-        )
-        network = pcn.train(own, given.pcn_seconds)
-        table.add("encoder-decoder", lambda scan, i: pcn.complete(network, own, scan))
-        facts["encoder_decoder_seconds"] = given.pcn_seconds
-    if given.run is not None:
-        add_model(table, given)
-    return table, facts
+        add_pcn(table, given)
 
 
-def add_model(table: Table, given: argparse.Namespace) -> None:
+def add_model(table: Table, model: Completer, given: argparse.Namespace, digest: str) -> None:
     """Rows of the model, by the number of denoiser calls."""
-    model = load(given.run)
 
     def completed(steps: int) -> Callable[[Cloud, int], Cloud]:
         return lambda scan, i: model.complete(
@@ -149,9 +162,20 @@ def add_model(table: Table, given: argparse.Namespace) -> None:
         )[0]
 
     for steps in given.steps:
-        table.add("diffusion", completed(steps), steps)
+        table.add("diffusion", completed(steps), steps, weights=digest)
     if given.long:
-        table.add("diffusion", completed(given.long), given.long, n=given.few)
+        table.add("diffusion", completed(given.long), given.long, n=given.few, weights=digest)
+
+
+def add_pcn(table: Table, given: argparse.Namespace) -> None:
+    """Rows of the encoder-decoder, trained when the first of its scans is completed."""
+    augment = Augmentation(rotation=15.0, mirror=0.5, stretch=1.15, turned=0.5)
+    own = Completion(given.data, 1024, Scanner(points=1024), augment=augment, views=given.views)
+    network = cache(lambda: pcn.train(own, given.pcn_seconds))
+    table.add(
+        *("encoder-decoder", lambda scan, i: pcn.complete(network(), own, scan)),
+        trained_seconds=given.pcn_seconds,
+    )
 
 
 def main() -> None:
@@ -167,8 +191,7 @@ def main() -> None:
     parser.add_argument("--views", help="file of `pointdiff views`, for --pcn-seconds")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()
-    table, facts = compare(given)
-    publish(given.out, "completion", {**facts, "rows": table.rows}, table.markdown())
+    compare(given)
 
 
 if __name__ == "__main__":
