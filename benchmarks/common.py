@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from shared.checkpoints import versions
-from shared.images.latents import fingerprint
+from shared.checkpoints import fingerprint, versions
 
 
 def environment() -> dict[str, Any]:

@@ -236,8 +236,8 @@ def main() -> None:
     wanted = [names for names in wanted if names != [""]]
     limits = {}
     if args.data:
-        names = {name for names in wanted for name in names}
-        limits = {n: bounds(MoleculeData(args.data), judges["network"], n) for n in names}
+        data = MoleculeData(args.data)
+        limits = {name: bounds(data, judges["network"], name) for name in model.domain.properties}
     subject = {"run": args.run, "weights": weights(model.denoiser)}
     rows = Rows(args.out, "design", subject, order, lambda rows: table(rows, limits))
     for names, setting in product(wanted, args.settings.split(",")):

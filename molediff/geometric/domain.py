@@ -89,8 +89,9 @@ class Molecules(Domain[Molecule]):
     """
 
     name: ClassVar[str] = "molecules"
-    solver: ClassVar[str] = "ddpm"  # loses least of those in benchmarks/molecules.py
-    grid: ClassVar[str] = "time_uniform"
+    # these lose least of those in benchmarks/molecules.py
+    solver: ClassVar[str] = "dpmpp_2m_sde"
+    grid: ClassVar[str] = "time_quadratic"
 
     def __init__(
         self,

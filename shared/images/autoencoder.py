@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shared.checkpoints import fingerprint
 from shared.denoisers import Denoiser
-from shared.images.latents import fingerprint
 from shared.predictions import Condition
 from shared.process import Process, State
 from shared.schedules import Schedule

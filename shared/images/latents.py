@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shared.checkpoints import fingerprint
 from shared.extras import need
 from shared.images.pictures import Pictures
 from shared.images.records import scaled
@@ -61,17 +62,6 @@ class DiffusersAutoencoder(nn.Module):
 
     def fingerprint(self) -> str:
         return fingerprint(self)
-
-
-def fingerprint(module: nn.Module) -> str:
-    """A hash of weights, the same on every device."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def open_autoencoder(name: str) -> Autoencoder:
