@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: setup
-	$(BIN)/molediff design gap=5.0 n=48 steps=50 seed=0 baseline=24 out=outputs/demo
+	$(BIN)/molediff design gap=5.0 n=48 seed=0 baseline=24 out=outputs/demo
 
 test: lint types imports tests
 

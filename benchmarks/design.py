@@ -1,7 +1,7 @@
 """Property guidance by the protocol of EDM and EEGSDE: every molecule gets a target and a size
 drawn jointly from labelled data, and an oracle trained on other labels says how far it missed.
 
-    python benchmarks/design.py [--run qm9] [--data FOLDER] [--n 1000] [--steps 100]
+    python benchmarks/design.py [--run qm9] [--data FOLDER] [--n 1000] [--steps 50]
         [--properties mu,alpha,homo,lumo,gap,cv] [--pairs gap+mu,mu+cv] [--settings 0:1,1:2]
         [--seed 0] [--small] [--out FOLDER]
 
@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--oracle", default="auto")
     parser.add_argument("--data", help="prepared QM9, for U and the #atoms baseline")
     parser.add_argument("--n", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--properties", default=",".join(PROPERTIES))
     parser.add_argument("--pairs", default="")
     parser.add_argument("--settings", default="0:1,1:2", help="strength:condition, ...")

@@ -3,10 +3,11 @@ time grids on one model.
 
     python benchmarks/molecules.py [--run qm9] [--n 1000] [--calls 10,15,20,25,50,100,250,1000]
         [--solver ddpm,ddim,...] [--grid time_uniform,log_snr] [--data FOLDER] [--seed 0] [--small]
-        [--out FOLDER]
+        [--no-closed-shell] [--out FOLDER]
 
 Rows of the same weights that the folder has already are kept. ``--data``, the training molecules,
-is for Analytic-DPM, whose variance is estimated on them.
+is for Analytic-DPM, whose variance is estimated on them. ``--no-closed-shell`` lets the model make
+radicals, with results of their own (molecules_radicals).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rdkit.Chem import Draw
 
 import molediff
 from molediff import Molecule, evaluate
+from molediff.geometric.closed_shell import ClosedShell
 from molediff.geometric.domain import Molecules
 from molediff.geometric.stability import valence_verdicts
 from shared.models import Model
@@ -120,6 +122,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--closed-shell", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--small", action="store_true", help="seconds instead of hours")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks"))
     args = parser.parse_args()
@@ -127,17 +130,22 @@ def main() -> None:
     if args.small:
         args.n, args.calls, args.solver = 8, "10", "ddim,dpmpp_2m"
     model = molediff.load(args.run)
+    if isinstance(model.denoiser, ClosedShell) and not args.closed_shell:
+        model.denoiser.odd.zero_()
     names = [s for s in args.solver.split(",") if args.data or s != "analytic_ddpm"]
     args.gamma = gamma(model, args.data) if "analytic_ddpm" in names else None
-    subject = {"run": args.run, "weights": weights(model.denoiser)}
-    rows = Rows(args.out, "molecules", subject, order, table)
+    subject = {
+        "run": args.run, "weights": weights(model.denoiser), "closed_shell": args.closed_shell,
+    }  # fmt: skip
+    title = "molecules" if args.closed_shell else "molecules_radicals"
+    rows = Rows(args.out, title, subject, order, table)
     for name, grid, calls in product(names, args.grid.split(","), args.calls.split(",")):
         settings = {
             "solver": name, "grid": grid, "calls": int(calls), "n": args.n, "seed": args.seed,
         }  # fmt: skip
         if not rows.has(**settings):
             rows.add(row(model, settings, args))
-    picture(model, args.out / "molecules.png", args)
+    picture(model, args.out / f"{title}.png", args)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 held-out ones, drawn to their fingerprints by an energy (Bao et al. 2023, Sec. 5.3).
 
     python benchmarks/similarity.py --data FOLDER [--run qm9] [--fingerprints qm9_fingerprint]
-        [--strengths 0,0.5,2] [--n 1000] [--steps 100] [--seed 0] [--small] [--out FOLDER]
+        [--strengths 0,0.5,2] [--n 1000] [--steps 50] [--seed 0] [--small] [--out FOLDER]
 
 ``--data``, a prepared QM9, holds the targets. The similarity of what is no molecule is 0. Rows of
 the same weights that the folder has already are kept.
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--fingerprints", default="qm9_fingerprint")
     parser.add_argument("--data", required=True)
     parser.add_argument("--n", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--strengths", default="0,0.5,2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=64)

@@ -33,7 +33,7 @@ from shared.cli import Outcome, Program, Progress
 from shared.configuration import ConfigurationError, plain
 from shared.domains import Invalid
 from shared.metrics import Estimate
-from shared.models import Model, find_choice, find_device, load, settled
+from shared.models import STEPS, Model, find_choice, find_device, load, settled
 from shared.sample_folders import Folder, read_manifest
 from shared.sampling import Memory, Sink, Summary
 from shared.sampling import sample as run_sampling
@@ -172,7 +172,7 @@ def design(
     """Design molecules with a generator: ``design(load("qm9"), gap=5.0, n=64, seed=0)``.
 
     Args:
-        steps: denoiser calls per molecule; None: 100, with a scaffold 200.
+        steps: denoiser calls per molecule; None: 50, with a scaffold 200.
         force: go on although a target lies outside the training data.
         oracle, xtb: what judges; see ``molediff design --help``.
         seen: called with every design as soon as it is there.
@@ -210,7 +210,7 @@ def _judge(plan: Plan, oracle: str | None, xtb: bool | str) -> Judge:
 
 def _steps(given: int | None, plan: Plan) -> int:
     """Resampling around a scaffold passes every time several times."""
-    return given or (100 if plan.wish.scaffold is None else 200)
+    return given or (STEPS if plan.wish.scaffold is None else 4 * STEPS)
 
 
 def _best_facts(designs: list[Design]) -> dict[str, Any]:

@@ -134,6 +134,7 @@ class Molecules(Domain[Molecule]):
             "charges": self.charges,
             "charge_scale": self.charge_scale,
             "position_std": _position_std(training),
+            "closed_shell": _closed_shell(training),
             "sizes": {str(n): count for n, count in training.histogram().items()},
             "element_counts": _element_counts(training),
             "properties": self._loaded.statistics,
@@ -177,6 +178,12 @@ class Molecules(Domain[Molecule]):
     def position_std(self) -> float:
         """Standard deviation of a centred coordinate over the training data, Angstrom."""
         return float(self.statistics()["position_std"])
+
+    @property
+    def closed_shell(self) -> bool:
+        """Whether the atomic numbers of every training molecule add up to an even number, as in
+        neutral molecules without radicals."""
+        return bool(self.statistics().get("closed_shell", False))
 
     # -- training -----------------------------------------------------------------------------
 
@@ -422,6 +429,12 @@ def _position_std(data: MoleculeData, most: int = 5000) -> float:
     square = sum(float(((x - x.mean(0)) ** 2).sum()) for x in rows)
     freedoms = sum(3 * max(len(x) - 1, 1) for x in rows)
     return float((square / freedoms) ** 0.5)
+
+
+def _closed_shell(data: MoleculeData, least: int = 32) -> bool:
+    """Fewer than ``least`` molecules could be even by chance."""
+    totals = np.concatenate([[0], np.cumsum(data.atomic_numbers, dtype=np.int64)])[data.offsets]
+    return len(data) >= least and not (np.diff(totals)[data.rows] % 2).any()
 
 
 def _element_counts(data: MoleculeData) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from molediff.geometric.closed_shell import ClosedShell
 from molediff.geometric.edm import edm_heads
 from molediff.geometric.egnn import EGNN, EGNNOptions, InvariantEGNN
 from molediff.geometric.gdm import GDM
@@ -35,7 +36,8 @@ def _features(domain: Molecules) -> dict[str, int]:
 
 def transformer(domain: Molecules, schedule: Schedule, **options: Any) -> Denoiser:
     """The equivariant transformer with preconditioned data prediction and a classifier for the
-    elements; ``options`` as in :class:`EquivariantTransformer`."""
+    elements, which keeps to closed shells where all training molecules do; ``options`` as in
+    :class:`EquivariantTransformer`."""
     network = EquivariantTransformer(
         _features(domain),
         angstrom=domain.position_std,
@@ -43,7 +45,10 @@ def transformer(domain: Molecules, schedule: Schedule, **options: Any) -> Denois
         **options,
     )
     process = molecule_process(schedule, charges=domain.charges is not None)
-    return Denoiser(network, process, _karras_heads(domain), times=fast_times())
+    parts = (network, process, _karras_heads(domain))
+    if domain.closed_shell:
+        return ClosedShell(*parts, times=fast_times(), atomic_numbers=domain.elements)
+    return Denoiser(*parts, times=fast_times())
 
 
 def property_transformer(
