@@ -57,6 +57,8 @@ class ClosedShell(Denoiser):
         ValueError: a head that does not classify.
     """
 
+    odd: Tensor
+
     def __init__(self, *others: Any, atomic_numbers: Sequence[int], **named: Any) -> None:
         super().__init__(*others, **named)
         scale = self.heads["types"].categories
