@@ -62,7 +62,7 @@ def domain():
     return found
 
 
-def test_predicted_elements_are_even_on_average_and_others_unchanged(domain):
+def test_predicted_elements_are_those_of_an_even_sum_and_positions_stay(domain):
     torch.manual_seed(0)
     model = transformer(domain, Polynomial(), width=16, layers=1, heads=2, vectors=4, pairs=8)
     assert isinstance(model, ClosedShell)
