@@ -78,8 +78,11 @@ def train(domain: Completion, seconds: float, seed: int = 0, batch: int = 16) ->
 
 
 @torch.no_grad()
-def complete(network: EncoderDecoder, domain: Completion, scan: np.ndarray) -> np.ndarray:
-    """The complete cloud [2048, 3] of a scan [n, 3], in its coordinates."""
-    pair = domain.enter(scan, 0, 0)
+def complete(
+    network: EncoderDecoder, domain: Completion, scan: np.ndarray, frame: str | None = None
+) -> np.ndarray:
+    """The complete cloud [2048, 3] of a scan [n, 3], in its coordinates; see the domain's
+    ``frame``."""
+    pair = domain.enter(scan, 0, 0, frame)
     _, fine = network(torch.from_numpy(pair.partial)[None])
     return pair.frame.leave(fine[0].numpy())

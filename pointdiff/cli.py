@@ -77,7 +77,11 @@ def complete(config: DictConfig, program: Program, progress: Progress | None = N
     for name, cloud in zip(names, clouds, strict=True):
         files.write_one(name, cloud)
     last = f" to {names[-1]}" if len(names) > 1 else ""
-    lines = [f"completed {config.path} ({len(scan):,} points, seed {seed}): {names[0]}{last}"]
+    frame = completer.frame(scan, config.frame)
+    lines = [
+        f"completed {config.path} ({len(scan):,} points, seed {seed}, frame {frame}): "
+        f"{names[0]}{last}"
+    ]
     if truth is not None:
         found = evaluate(clouds, [truth] * len(clouds))
         lines += [f"{name}: {estimate}" for name, estimate in found.items()]

@@ -90,6 +90,16 @@ class Frame:
         return np.asarray(moved, np.float32)
 
 
+def placed(scan: Cloud) -> bool:
+    """Whether a scan seems to be in the frame of its complete cloud already, centre 0 and largest
+    radius 1: its farthest point is there (almost every scan shows one), and it was not itself
+    centred and scaled, by its mean or its bounding box."""
+    if not 0.97 <= np.linalg.norm(scan, axis=1).max() <= 1.005:
+        return False
+    own = scan.mean(0), Frame.of(scan).centre
+    return all(float(np.linalg.norm(centre)) > 1e-3 for centre in own)
+
+
 def resample(points: Cloud, n: int, generator: np.random.Generator) -> Cloud:
     """Exactly ``n`` points in random order: a choice without repetition, or all of them and a
     choice of repetitions where there are fewer."""

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from pointdiff import refinement
-from pointdiff.clouds import Cloud, Frame, check
+from pointdiff.clouds import Cloud, Frame, check, placed
 from pointdiff.domain import Completion
 from shared import models
 from shared.domains import Invalid
 from shared.models import Model
 
-FRAMES = ("own", "given")
+FRAMES = ("auto", "own", "given")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Completer:
         samples: int = 1,
         *,
         points: int | None = None,
-        frame: str = "own",
+        frame: str = "auto",
         keep: bool = True,
         steps: int = 20,
         seed: int | None = None,
@@ -43,9 +43,11 @@ class Completer:
             samples: how many different completions.
             points: of each. With a refiner the model makes a part of them, from which the refiner
                 makes them all; without one the model makes all of them itself.
-            frame: of models that work in the frame of the data (PDR): 'own': the scan is brought
-                to centre 0 and radius 1 first; 'given': its coordinates are already those of the
-                data, centre 0 and radius 1 of the whole. Others do not depend on it.
+            frame: 'own': where the scan lies says nothing about what it does not show; 'given':
+                its coordinates are those of a complete cloud with centre 0 and largest radius 1,
+                as in the published benchmarks, which tells how far the rest reaches; 'auto': as
+                :func:`pointdiff.clouds.placed` finds. Models of the scan's own frame do not
+                depend on it.
             keep: points of the scan in place of those that were generated on what it shows.
             steps: denoiser calls. seed: None draws one. settings: of ``Model.generate``.
 
@@ -54,10 +56,11 @@ class Completer:
                 unknown setting.
             FloatingPointError: a completion diverged.
         """
-        if frame not in FRAMES:
-            raise ValueError(f"frame={frame!r}: choose {' or '.join(FRAMES)}.")
         cloud = check(scan, "scan")
-        place = Frame.of(cloud) if frame == "own" else Frame()
+        given, knows = self.frame(cloud, frame) == "given", self._domain.frame
+        place = Frame.of(cloud) if knows == "data" and not given else Frame()
+        if knows == "both":
+            settings["frame"] = "data" if given else "scan"
         factor = 1 if self.refiner is None else refinement.factor(self.refiner)
         size = {} if points is None else {"points": -(-points // factor)}
         items = self.model.sample(
@@ -70,6 +73,24 @@ class Completer:
         if self.refiner is None:
             return clouds
         return [refinement.refine(self.refiner, c, cloud)[:points] for c in clouds]
+
+    def frame(self, scan: Cloud, frame: str = "auto") -> str:
+        """'own' or 'given': the ``frame`` in which ``scan`` is completed.
+
+        Raises:
+            ValueError: an unknown one.
+        """
+        if frame not in FRAMES:
+            raise ValueError(f"frame={frame!r}: choose {', '.join(FRAMES)}.")
+        if self._domain.frame == "scan":
+            return "own"
+        found = "given" if placed(scan) else "own"
+        return found if frame == "auto" else frame
+
+    @property
+    def _domain(self) -> Completion:
+        assert isinstance(self.model.domain, Completion)
+        return self.model.domain
 
 
 def load(

@@ -198,9 +198,10 @@ def _viewpoint(scanner: Scanner) -> str:
 
 class Pairs(Dataset[Pair]):
     """Training pairs: every reading of a shape makes a new scan, drawn from torch's generator;
-    without ``fresh`` the scan of a record is always the same. ``own_frame``: both clouds are in
-    the frame of the scan. ``drop``: share of the pairs whose scan is all zeros, flags included,
-    which stands for none."""
+    without ``fresh`` the scan of a record is always the same. ``frame``: 'scan': both clouds are
+    in the frame of the scan; 'data': in that of the shape, from which ``augment`` leads away;
+    'both': in either, that of the shape found again after ``augment``. ``drop``: share of the
+    pairs whose scan is all zeros, flags included, which stands for none."""
 
     def __init__(
         self,
@@ -211,11 +212,11 @@ class Pairs(Dataset[Pair]):
         mirror: str | None = None,
         augment: Augmentation | None = None,
         fresh: bool = True,
-        own_frame: bool = False,
+        frame: str = "data",
         drop: float = 0.0,
     ) -> None:
         self.shapes, self.rows, self.points = shapes, rows, points
-        self.own_frame, self.drop = own_frame, drop
+        self.frame, self.drop = frame, drop
         self.scanner, self.mirror, self.augment, self.fresh = scanner, mirror, augment, fresh
 
     def __len__(self) -> int:
@@ -242,17 +243,23 @@ class Pairs(Dataset[Pair]):
     def _pair(self, index: int, seed: int, number: int) -> Pair:
         generator = stream(seed, number, "pair", 0)
         cloud, partial = self.clouds(index, seed, number, generator)
-        complete = resample(cloud, self.points, generator)
+        thinned = resample(cloud, self.points, generator)
         if self.augment is not None:
             matrix, shift = (a.astype(np.float32) for a in self.augment.draw(generator))
-            complete, partial = complete @ matrix + shift, partial @ matrix + shift
+            cloud, thinned, partial = (c @ matrix + shift for c in (cloud, thinned, partial))
         label = self.label(index)
         if self.drop and generator.random() < self.drop:
             nothing = np.zeros_like(with_flags(partial, self.mirror, generator))
-            return Pair(complete, nothing, label=label)
-        frame = Frame.of(partial) if self.own_frame else Frame()
+            return Pair(thinned, nothing, label=label)
+        frame = self._frame(cloud, partial, generator)
         scan = with_flags(frame.enter(partial), self.mirror, generator)
-        return Pair(frame.enter(complete), scan, frame, label)
+        return Pair(frame.enter(thinned), scan, frame, label)
+
+    def _frame(self, complete: Cloud, partial: Cloud, generator: np.random.Generator) -> Frame:
+        if self.frame == "data":
+            return Frame()
+        seen = self.frame == "scan" or generator.random() < 0.5
+        return Frame.of(partial if seen else complete)
 
     def label(self, index: int) -> int:
         """The class of a shape, -1 where it is not known."""

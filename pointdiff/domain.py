@@ -4,7 +4,8 @@ A state has one field, 'x' [b, n, 3]; the condition is 'partial' [b, m, 4], the 
 a flag: 1, or -1 for mirrored ones, and 'frame' [b, 4], the centre and scale that lead back to the
 coordinates of the scan. By default both are in the frame of the scan, centre 0 and radius 1 of
 what is seen: units and position of a scan do not matter, and nothing of what is hidden is given
-away.
+away. In the frame of the data, that of the published benchmarks, the complete shape has centre 0
+and radius 1, which tells how far it reaches where the scan shows nothing.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ from shared.metrics import Estimate, proportion
 from shared.process import State
 from shared.randomness import stream
 
-FRAMES = ("scan", "data")
-REQUESTS = ("scan", "split", "points", "keep", "label")
+FRAMES = ("scan", "data", "both")
+REQUESTS = ("scan", "split", "points", "keep", "label", "frame")
 
 
 class Completion(Domain[Cloud]):
@@ -58,7 +59,8 @@ class Completion(Domain[Cloud]):
         mirror: None, or the axis ('x', 'y', 'z') across which the scan is mirrored.
         augment: changes of the training pairs. validation: share of the training shapes.
         frame: 'scan', or 'data': coordinates as they are, in which the centre of the complete
-            shape's bounding box is 0 and its largest radius 1 (PDR).
+            shape's bounding box is 0 and its largest radius 1 (PDR); or 'both': a model that
+            knows either, trained on as many pairs of each.
         classes: tell the model the class, 'label' [b], where it is known.
         drop: share of the training pairs without a scan, for models that also generate without
             one, and for classifier-free guidance.
@@ -85,7 +87,7 @@ class Completion(Domain[Cloud]):
         if not 0 <= drop <= 1:
             raise ValueError(f"domain.drop={drop}: give a share from 0 to 1.")
         if frame not in FRAMES:
-            raise ValueError(f"domain.frame={frame!r}: choose {' or '.join(FRAMES)}.")
+            raise ValueError(f"domain.frame={frame!r}: choose {', '.join(FRAMES)}.")
         self.frame, self.views = frame, views
         self.training_points, self.drop, self.classes = training_points, drop, classes
         if mirror is not None and mirror not in AXES:
@@ -95,6 +97,7 @@ class Completion(Domain[Cloud]):
         self.data, self.points, self.mirror = data, points, mirror
         self.scan, self.augment, self.validation = scan or Scanner(), augment, validation
         self._restored: Mapping[str, Any] | None = None
+        self._kept: dict[tuple[str, str], Pairs] = {}
 
     # -- constants ----------------------------------------------------------------------------
 
@@ -115,7 +118,7 @@ class Completion(Domain[Cloud]):
     def statistics(self) -> dict[str, Any]:
         if self._restored is not None:
             return dict(self._restored)
-        some = self._plain
+        some = self.fixed("train", self._settled(None))
         std = float(np.mean([some[i].complete.std() for i in range(min(64, len(some)))]))
         sizes = {"points": self.points, "partial": self.scan.points}
         own = {"mirror": self.mirror, "frame": self.frame, "drop": self.drop}
@@ -150,13 +153,13 @@ class Completion(Domain[Cloud]):
             pairs.points, pairs.drop = self.training_points or self.points, self.drop
         return made
 
-    def _pairs(self, part: str, fresh: bool) -> Pairs:
-        """The pairs of 'train', 'valid' or 'test'."""
+    def _pairs(self, part: str, fresh: bool, frame: str | None = None) -> Pairs:
+        """The pairs of 'train', 'valid' or 'test', in the domain's frame or another."""
         others: dict[str, Any] = {
             "mirror": self.mirror,
             "augment": self.augment if fresh else None,
             "fresh": fresh,
-            "own_frame": self.frame == "scan",
+            "frame": frame or self.frame,
         }
         if self.data is not None and published.find(self.data, "train") is not None:
             recorded = published.find(self.data, part) or published.find(self.data, "test")
@@ -183,12 +186,27 @@ class Completion(Domain[Cloud]):
 
     # -- completing ---------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def test(self) -> Pairs:
         """The pairs that are measured: one fixed scan of every shape of the test split, or of the
         validation shapes where there is no test split."""
-        pairs = self._pairs("test", fresh=False)
-        return pairs if len(pairs) else self._pairs("valid", fresh=False)
+        return self.fixed("test", self._settled(None))
+
+    def fixed(self, part: str, frame: str) -> Pairs:
+        """Pairs without changes, always the same."""
+        if (part, frame) not in self._kept:
+            pairs = self._pairs(part, fresh=False, frame=frame)
+            if part == "test" and not len(pairs):
+                pairs = self._pairs("valid", fresh=False, frame=frame)
+            self._kept[part, frame] = pairs
+        return self._kept[part, frame]
+
+    def _settled(self, frame: Any) -> str:
+        """The frame that is asked for; None: the only one, or that of the scan."""
+        known = {"both": FRAMES[:2]}.get(self.frame, (self.frame,))
+        if frame is not None and frame not in known:
+            raise ValueError(f"request.frame={frame}: the model knows {' and '.join(known)}.")
+        return frame or known[0]
 
     def truth(self, index: int) -> Cloud:
         """The complete cloud of test scan ``index`` (modulo their count), in its own frame."""
@@ -197,11 +215,7 @@ class Completion(Domain[Cloud]):
 
     def training_pair(self, number: int) -> Pair:
         """Pair ``number`` of the training shapes without changes, always the same."""
-        return self._plain.numbered(number)
-
-    @cached_property
-    def _plain(self) -> Pairs:
-        return self._pairs("train", fresh=False)
+        return self.fixed("train", self._settled(None)).numbered(number)
 
     def template(self, seed: int, indices: Sequence[int], **request: Any) -> Batch:
         """``request``:
@@ -210,6 +224,8 @@ class Completion(Domain[Cloud]):
           completes number i modulo their count; 'none' (see ``drop``); by default the test scans;
         - ``split``: 'train': the scans of :meth:`training_pair`;
         - ``label``: name or number of the class, for models with classes;
+        - ``frame``: of models that know both: 'data': coordinates are those of the data, centre 0
+          and radius 1 of the whole; by default that of the scan;
         - ``points``: of a completion;
         - ``keep``: false: do not put points of the scan in place of generated ones.
         """
@@ -221,13 +237,16 @@ class Completion(Domain[Cloud]):
             raise ValueError(f"request.keep={keep}: give true or false.")
         state = {"x": torch.zeros(len(indices), points, 3)}
         label = self._label(request.get("label"))
+        frame = self._settled(request.get("frame"))
         scan = request.get("scan")
         if isinstance(scan, str) and scan == "none":
             return Batch(state, cond=self._nothing(len(indices), label))
         if scan is None:
-            known = self._known(indices, request.get("split", "test"))
+            known = self._known(indices, request.get("split", "test"), frame)
         else:
-            known = [(p._replace(label=label), c) for p, c in self._given(scan, seed, indices)]
+            known = [
+                (p._replace(label=label), c) for p, c in self._given(scan, seed, indices, frame)
+            ]
         cond = self._condition([pair for pair, _ in known])
         if keep:  # what takes the place of generated points
             most = max(points, self.partial_points)
@@ -238,32 +257,33 @@ class Completion(Domain[Cloud]):
             cond["kept"] = torch.from_numpy(np.stack(kept))
         return Batch(state, cond=cond)
 
-    def _known(self, indices: Sequence[int], split: str) -> list[tuple[Pair, Cloud]]:
+    def _known(self, indices: Sequence[int], split: str, frame: str) -> list[tuple[Pair, Cloud]]:
         """Pairs of the data, and what is seen in each."""
         if split not in ("test", "train"):
             raise ValueError(f"request.split={split}: choose test or train.")
         if split == "train":
-            pairs = [self.training_pair(i) for i in indices]
+            pairs = [self.fixed(split, frame).numbered(i) for i in indices]
         else:
-            pairs = [self.test[i % len(self.test)] for i in indices]
+            test = self.fixed(split, frame)
+            pairs = [test[i % len(test)] for i in indices]
         return [(pair, pair.partial[pair.partial[:, 3] > 0, :3]) for pair in pairs]
 
     def _given(
-        self, path: str | Cloud, seed: int, indices: Sequence[int]
+        self, path: str | Cloud, seed: int, indices: Sequence[int], frame: str
     ) -> list[tuple[Pair, Cloud]]:
         """Scans of the user, and all points of each."""
         scans = self._scans(path)
         chosen = [scans[i % len(scans)] for i in indices]
-        pairs = [self.enter(scan, seed, i) for scan, i in zip(chosen, indices, strict=True)]
+        pairs = [self.enter(scan, seed, i, frame) for scan, i in zip(chosen, indices, strict=True)]
         return [(p, p.frame.enter(scan)) for p, scan in zip(pairs, chosen, strict=True)]
 
-    def enter(self, scan: Cloud, seed: int, index: int) -> Pair:
+    def enter(self, scan: Cloud, seed: int, index: int, frame: str | None = None) -> Pair:
         """A scan [any, 3] as a condition, resampled to the number of points in training, with
         nothing known of the complete cloud."""
-        frame = Frame.of(scan) if self.frame == "scan" else Frame()
+        place = Frame.of(scan) if self._settled(frame) == "scan" else Frame()
         generator = stream(seed, index, "template", 0)
-        thinned = resample(frame.enter(scan), self.partial_points, generator)
-        return Pair(np.zeros((0, 3)), with_flags(thinned, self.mirror, generator), frame)
+        thinned = resample(place.enter(scan), self.partial_points, generator)
+        return Pair(np.zeros((0, 3)), with_flags(thinned, self.mirror, generator), place)
 
     def null_condition(self) -> dict[str, Tensor]:
         if not self.drop:

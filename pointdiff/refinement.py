@@ -93,8 +93,8 @@ class Refining(Completion):
         every = np.arange(len(self.numbers))
         return Refinements(self, every[:cut]), Refinements(self, every[min(cut, len(every) - 1) :])
 
-    def _pairs(self, part: str, fresh: bool) -> Pairs:
-        pairs = super()._pairs(part, fresh)
+    def _pairs(self, part: str, fresh: bool, frame: str | None = None) -> Pairs:
+        pairs = super()._pairs(part, fresh, frame)
         pairs.points = min(self.points * self.factor, 4096)
         return pairs
 

@@ -107,13 +107,12 @@ class Judge:
 
     def design(self, index: int, molecule: Molecule) -> Design:
         """A judged molecule as a design."""
-        verdict = valence_verdicts([molecule])
-        valid = bool(verdict.stable[0]) and verdict.smiles[0] is not None and not molecule.charge
+        valid, smiles = verdict(molecule)
         names = [column for target in self.targets for column in self.columns(target.name)]
         names += [scorer.name for scorer in self.scorers]
         values = {name: float(molecule.properties.get(name, math.nan)) for name in names}
         score = self._score(molecule, values) if valid else math.inf
-        return Design(index, molecule, valid, verdict.smiles[0] or "", values, score)
+        return Design(index, molecule, valid, smiles, values, score)
 
     def _score(self, molecule: Molecule, values: Mapping[str, float]) -> float:
         total = 0.0
@@ -132,6 +131,13 @@ class Judge:
         for scorer in self.scorers:
             total -= float(scorer.scores(np.array([values[scorer.name]]))[0])
         return total if math.isfinite(total) else math.inf
+
+
+def verdict(molecule: Molecule) -> tuple[bool, str]:
+    """Whether a molecule is neutral and valid by the corrected rule, and its SMILES."""
+    found = valence_verdicts([molecule])
+    smiles = found.smiles[0]
+    return bool(found.stable[0]) and smiles is not None and not molecule.charge, smiles or ""
 
 
 def ranked(designs: Sequence[Design]) -> list[Design]:

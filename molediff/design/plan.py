@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rdkit import Chem
 
+from molediff.design.tries import fittest
 from molediff.design.wishes import Wish
 from molediff.fingerprints import fingerprint, read_structure
 from molediff.geometric.domain import Molecules
@@ -43,7 +44,8 @@ class Steering:
             None: none. fingerprints: the same for fingerprints.
         strength: weight of the property energies (the published l). condition: scale of
             classifier-free guidance. pull: weight of composition, similarity and own energies.
-        particles: tries per molecule where scorers steer.
+        particles: tries that compete for each molecule, by the scores where there are any, else by
+            validity and then the energies; one with a scaffold.
     """
 
     energies: str | None = "auto"
@@ -59,6 +61,8 @@ class Steering:
                 raise ConfigurationError(
                     f"{name}={getattr(self, name)}: give a number of at least 0."
                 )
+        if not isinstance(self.particles, int) or self.particles < 1:
+            raise ConfigurationError(f"particles={self.particles}: give a whole number from 1 on.")
 
 
 @dataclass(frozen=True)
@@ -199,15 +203,23 @@ class Plan:
         return Guided(found, model.process, self.terms) if self.terms else found
 
     def solver(self, solver: Solver) -> Solver:
-        """``solver`` with the scaffold kept, or steered by the scorers."""
-        if not self.wish.scorers:
-            keeps = isinstance(self.domain, Scaffolded)
-            return self.domain.keeping(solver) if keeps else solver  # type: ignore[attr-defined]
-        if isinstance(self.domain, Scaffolded) or not isinstance(solver, PlanSolver):
+        """``solver`` with the scaffold kept, steered by the scorers, or with several tries of
+        which the fittest stays."""
+        tries = self.steering.particles
+        if isinstance(self.domain, Scaffolded):
+            if self.wish.scorers:
+                raise ConfigurationError("score: it does not steer a scaffold; leave one out.")
+            return self.domain.keeping(solver)
+        if tries == 1:
+            return solver
+        if not isinstance(solver, PlanSolver):
             raise ConfigurationError(
-                "score: it steers neither a scaffold nor this solver; leave one of them out."
+                f"particles={tries}: this solver takes one try per molecule; give particles=1."
             )
-        judge, tries = reward(self.domain, *self.wish.scorers), self.steering.particles
+        if not self.wish.scorers:
+            time = self.model.denoiser.process.lead.t_min
+            return Steered.best_of(solver, fittest(self.domain, self.terms, time), tries)
+        judge = reward(self.domain, *self.wish.scorers)
         if not solver.stochastic:
             return Steered.best_of(solver, judge, tries)
         return Steered(solver, judge, tries, scale=4.0, every=5, ess=0.5, pick="best")

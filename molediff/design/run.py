@@ -172,7 +172,8 @@ def design(
     """Design molecules with a generator: ``design(load("qm9"), gap=5.0, n=64, seed=0)``.
 
     Args:
-        steps: denoiser calls per molecule; None: 50, with a scaffold 200.
+        steps: denoiser calls per molecule, of all its tries together; None: 25 for each of
+            several tries, 50 for a single one, with a scaffold 200.
         force: go on although a target lies outside the training data.
         oracle, xtb: what judges; see ``molediff design --help``.
         seen: called with every design as soon as it is there.
@@ -209,8 +210,10 @@ def _judge(plan: Plan, oracle: str | None, xtb: bool | str) -> Judge:
 
 
 def _steps(given: int | None, plan: Plan) -> int:
-    """Resampling around a scaffold passes every time several times."""
-    return given or (STEPS if plan.wish.scaffold is None else 4 * STEPS)
+    """Tries share the calls; resampling around a scaffold passes every time several times."""
+    if plan.wish.scaffold is not None:
+        return given or 4 * STEPS
+    return given or max(STEPS, plan.steering.particles * STEPS // 2)
 
 
 def _best_facts(designs: list[Design]) -> dict[str, Any]:
@@ -313,7 +316,7 @@ def _unguided(
     """Molecules of the same model without any guidance."""
     if not count:
         return []
-    free = Plan(model, Wish(), Steering(energies=None))
+    free = Plan(model, Wish(), Steering(energies=None, particles=1))
     plain_settings = {**settings, "n": count, "wish": Wish().plain(), "steering": {}}
     sink = Folder(out, free.domain, plain_settings, "molecules")
     judged = Judged(sink, judge)

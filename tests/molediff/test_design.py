@@ -21,13 +21,19 @@ from molediff.cli import PROGRAM
 from molediff.design import Wish
 from molediff.design.judging import Judge, Known, ranked
 from molediff.design.plan import Plan, Steering
+from molediff.design.tries import fittest
 from molediff.design.wishes import as_overrides
+from molediff.geometric.domain import Record
 from molediff.oracles import Accuracy
 from molediff.targets import Target
 from shared import cli
 from shared.configuration import ConfigurationError
+from shared.guidance import SquaredError, Term
 from shared.metrics import mean
+from shared.randomness import Draws
 from shared.sampling import time_grid
+from shared.solvers.adaptive import RK45
+from shared.solvers.ancestral import DDIM
 
 folder = test_properties.folder
 SMALL = ["model.width=32", "model.layers=1", "model.vectors=8", "model.pairs=8"]
@@ -158,6 +164,67 @@ def test_energies_move_their_own_prediction_towards_the_target(runs):
         wanted = plan.domain.standardise(np.array([np.nan, 9.0]))[1]
         distance[strength] = float((predict(end, 0.05)[:, 1] - wanted).abs().mean().detach())
     assert distance[5.0] < 0.8 * distance[0.0]
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m_sde", "ddim"])
+def test_the_fittest_of_several_tries_stays(runs, solver):
+    """The first try is that of a single one with the same calls, so none can be less fit."""
+    model = molediff.load(runs / "gen")
+    process, ends = model.denoiser.process, {}
+    for particles in (1, 5):
+        steering = Steering(str(runs / "energy"), particles=particles)
+        plan = Plan(model, Wish({"mass": 9}), steering)
+        method, grid, steps = model.chosen(solver, "time_uniform", 4 * particles)
+        method = plan.solver(method)
+        draws = Draws(0, range(6))
+
+        def draw(name, j, plan=plan, draws=draws):
+            geometry = process.fields[name].geometry
+            like = plan.domain.template(0, range(6), atoms=6, mass=9).state[name]
+            return draws.normal(name, j, like, geometry, None)
+
+        cond = dict(plan.domain.template(0, range(6), atoms=6, mass=9).cond)
+        start = process.prior({name: draw(name, 0) for name in process.fields})
+        denoise = partial(told, plan.denoise("cpu"), cond)
+        times = time_grid(process, method, grid, steps)
+        with torch.no_grad():
+            ends[particles] = method.solve(
+                process, denoise, start, times, lambda name, j, draw=draw: draw(name, j + 1)
+            )
+    fit = fittest(plan.domain, plan.terms, process.lead.t_min)
+    one, many = fit(ends[1]), fit(ends[5])
+    assert (many >= one - 1e-4).all()
+    assert (many > one + 1e-4).any()
+
+
+def test_a_valid_molecule_is_fitter_than_any_other(runs):
+    model = molediff.load(runs / "gen")
+    domain = model.domain
+    molecules = [test_properties.embedded(s) for s in ("CCO", "COC", "CCO")]
+    place = {z: k for k, z in enumerate(domain.elements)}
+    free = np.full(2, np.nan, np.float32)
+    x = domain.collate(
+        [
+            Record(np.array([place[z] for z in m.atomic_numbers]), m.positions, m.charges, free)
+            for m in molecules
+        ]
+    )
+    x.state["positions"][2] *= 1.5  # in pieces
+    terms = [Term(SquaredError(lambda x, *_: torch.tensor([3.0, 1.0, 0.0]), 0.0), 2.0)]
+    found = fittest(domain, terms, 0.0)(x.state)
+    torch.testing.assert_close(found, torch.tensor([-18.0, -2.0, -1000.0]).double())
+
+
+def test_tries_are_counted(runs):
+    model = molediff.load(runs / "gen")
+    plan = Plan(model, Wish({"mass": 9}), Steering(str(runs / "energy")))
+    assert plan.solver(DDIM()).particles == 4
+    with pytest.raises(ConfigurationError, match="particles=4.*particles=1"):
+        plan.solver(RK45())
+    single = Plan(model, Wish({"mass": 9}), Steering(str(runs / "energy"), particles=1))
+    assert isinstance(single.solver(RK45()), RK45)
+    with pytest.raises(ConfigurationError, match="particles=0"):
+        Steering(particles=0)
 
 
 @pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m", "heun"])

@@ -58,6 +58,25 @@ def test_completions_are_in_the_coordinates_of_the_scan(made):
     assert np.abs(given).mean() < 5
 
 
+def test_a_model_of_both_frames_takes_the_one_that_fits(made):
+    data = f"domain.data={made / 'shapes.npz'}"
+    words = ("train", "experiment=completion_small", data, "domain.frame=both", *TINY)
+    assert run(*words, f"out={made / 'both'}") == 0
+    completer = load(made / "both")
+    scan = np.load(made / "shapes.npz")["points"][0]
+    scan = scan[scan[:, 0] > -0.1]
+
+    def complete(x, frame):
+        return completer.complete(x, steps=2, seed=0, keep=False, frame=frame)[0]
+
+    given, own, auto = (complete(scan, frame) for frame in ("given", "own", "auto"))
+    assert completer.frame(scan) == "given"
+    np.testing.assert_array_equal(auto, given)
+    assert not np.allclose(own, given, atol=1e-3)
+    moved = complete(7 * scan + 2, "auto")
+    np.testing.assert_allclose(moved, 7 * own + 2, atol=1e-2)
+
+
 def test_scans_that_cannot_be_used(made):
     completer = load(made / "run")
     scan = read_one(made / "scan.ply")
@@ -69,7 +88,7 @@ def test_scans_that_cannot_be_used(made):
     ):
         with pytest.raises(ValueError, match=message):
             completer.complete(bad)
-    with pytest.raises(ValueError, match="choose own or given"):
+    with pytest.raises(ValueError, match="choose auto, own, given"):
         completer.complete(scan, frame="other")
 
 
@@ -89,7 +108,7 @@ def test_the_command_writes_clouds_and_a_report(made, capsys):
                f"report={page}", "samples=2") == 0  # fmt: skip
     assert read_one(made / "full_001.ply").shape == (64, 3)
     said = capsys.readouterr().out
-    assert "150 points, seed 0" in said
+    assert "150 points, seed 0, frame own" in said
     assert "chamfer_l2" in said
     text = page.read_text()
     assert all(title in text for title in ("completion 1", "truth", "scatter3d"))

@@ -25,19 +25,27 @@ def test_the_baselines_are_in_the_table(shapes, monkeypatch, capsys):
     out = shapes.parent / "results"
     words = ["completion.py", "--data", str(shapes), "--points", "128", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", [*words, "--pcn-seconds", "0.2", "--n", "2"])
-    monkeypatch.setattr(completion.pcn, "complete", lambda network, domain, scan: scan + 0.5)
+    monkeypatch.setattr(
+        completion.pcn, "complete", lambda network, domain, scan, frame: scan + 0.5
+    )
     completion.main()
     result = json.loads((out / "completion.json").read_text())
-    rows = {(row["completion"], row["kept"]): row for row in result["rows"]}
-    assert len(rows) == 7
+    rows, own = (
+        {(r["completion"], r["kept"]): r for r in result["rows"] if (r["frame"] == "own") is known}
+        for known in (False, True)
+    )
+    assert (len(rows), len(own)) == (7, 4)
     assert all(row["n"] == 2 for row in rows.values())
     chamfer = {key: row["chamfer_l2"]["value"] for key, row in rows.items()}
+    # the copies are found by their scans, too, but not placed exactly
+    found = own["nearest training shape", False]["chamfer_l2"]["value"]
+    assert chamfer["nearest training shape", False] < found < chamfer["the scan", False]
     # half of the object is missing from the scan
     assert chamfer["nearest training shape", False] < chamfer["the scan", False]
     assert chamfer["encoder-decoder", False] > chamfer["the scan", False]
     f1 = {key: row["f1"]["value"] for key, row in rows.items()}
     assert f1["nearest training shape", True] > f1["encoder-decoder", False]
-    assert "| nearest training shape | yes |" in capsys.readouterr().out
+    assert "| nearest training shape | given | yes |" in capsys.readouterr().out
 
 
 def test_the_encoder_decoder_gives_clouds_in_the_coordinates_of_the_scan(shapes):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from pointdiff.clouds import Frame, placed
 from pointdiff.data import Augmentation, Pairs, Shapes, load_shapes, save_views
 from pointdiff.domain import Completion
 from pointdiff.files import write_one
@@ -311,3 +312,56 @@ def test_the_shapes_of_the_project(data_folder):
     assert len(shapes.rows("test", 0.05)) == 241
     assert len(shapes.rows("train", 0.05)) + len(shapes.rows("valid", 0.05)) == 1842
     assert np.linalg.norm(shapes[7], axis=1).max() == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_domain_of_both_frames_trains_on_either_and_completes_in_the_one_asked_for(file):
+    strong = Augmentation(rotation=90, stretch=1.3, turned=0.5)
+    both = Completion(
+        str(file),
+        points=400,
+        scan=Scanner(points=32),
+        validation=0.2,
+        augment=strong,
+        frame="both",
+    )
+    torch.manual_seed(0)
+    pairs = [both.datasets()[0][i % 9] for i in range(40)]
+    complete = [Frame.of(pair.complete) for pair in pairs]
+    seen = [Frame.of(pair.partial[:, :3]) for pair in pairs]
+    fits = [
+        [np.abs([*f.centre, f.scale - 1]).max() < 1e-5 for f in frames]
+        for frames in (complete, seen)
+    ]
+    assert np.logical_xor(*fits).all()
+    assert 10 < sum(fits[0]) < 30
+
+    scan = both.shapes[0][:150] + np.float32(0.1)
+    conditions = {
+        frame: both.template(0, [0], scan=scan, frame=frame).cond["partial"][0, :, :3]
+        for frame in ("scan", "data")
+    }
+    assert np.isin(conditions["data"], scan).all()
+    assert not np.isin(conditions["scan"], scan).all()
+    default = both.template(0, [0], scan=scan).cond["partial"][0, :, :3]
+    torch.testing.assert_close(default, conditions["scan"])
+    truths = [both.template(0, [1], frame=f).cond for f in ("scan", "data")]
+    np.testing.assert_allclose(truths[1]["frame"], [[0, 0, 0, 1]])
+    back = truths[0]["partial"][0, :, :3] * truths[0]["frame"][0, 3] + truths[0]["frame"][0, :3]
+    torch.testing.assert_close(back, truths[1]["partial"][0, :, :3].double(), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="the model knows scan and data"):
+        both.template(0, [0], frame="both")
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_a_part_of_a_normalised_cloud_is_told_from_scans_that_lie_anywhere(axis):
+    x = np.random.default_rng(axis).normal(size=(500, 3))
+    whole = Frame.of(x).enter(x)
+    part = whole[whole[:, axis] > -0.1]
+    part = np.concatenate([part, whole[[np.linalg.norm(whole, axis=1).argmax()]]])
+    assert placed(part)
+    centred = part - part.mean(0)
+    for other in (
+        3 * part, part + 5, part * 0.9, Frame.of(part).enter(part),
+        centred / np.linalg.norm(centred, axis=1).max(),
+    ):  # fmt: skip
+        assert not placed(other)
