@@ -45,7 +45,7 @@ class Steering:
         strength: weight of the property energies (the published l). condition: scale of
             classifier-free guidance. pull: weight of composition, similarity and own energies.
         particles: tries that compete for each molecule, by the scores where there are any, else by
-            validity and then the energies; one with a scaffold.
+            validity and then the energies; None: 4, with a scaffold 1.
     """
 
     energies: str | None = "auto"
@@ -53,7 +53,7 @@ class Steering:
     strength: float = 1.0
     condition: float = 2.0
     pull: float = 1.0
-    particles: int = 4
+    particles: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("strength", "condition", "pull"):
@@ -61,7 +61,9 @@ class Steering:
                 raise ConfigurationError(
                     f"{name}={getattr(self, name)}: give a number of at least 0."
                 )
-        if not isinstance(self.particles, int) or self.particles < 1:
+        if self.particles is not None and not (
+            isinstance(self.particles, int) and self.particles >= 1
+        ):
             raise ConfigurationError(f"particles={self.particles}: give a whole number from 1 on.")
 
 
@@ -155,8 +157,8 @@ class Plan:
         return Composition.parse(self.wish.limits, self.domain.elements, self.domain.scale)
 
     @cached_property
-    def terms(self) -> list[Term]:
-        """The energies that guide."""
+    def wished(self) -> list[Term]:
+        """The energies of what is asked for."""
         terms, pull = [], self.steering.pull
         if self.predictor is not None and self.steering.strength > 0:
             names, network = self.predictor.names, self.predictor.network
@@ -172,9 +174,14 @@ class Plan:
             terms.append(Term(own, pull, at="estimate"))
         if self.wish.similar is not None:
             terms.append(self._similarity())
-        if isinstance(self.domain, Scaffolded):
-            terms += self.domain.terms(self.model.denoiser.process)
         return terms
+
+    @cached_property
+    def terms(self) -> list[Term]:
+        """The energies that guide: those of the wishes, and of the scaffold."""
+        if not isinstance(self.domain, Scaffolded):
+            return self.wished
+        return [*self.wished, *self.domain.terms(self.model.denoiser.process)]
 
     def _similarity(self) -> Term:
         name = companion(self.steering.fingerprints, self.model, "fingerprint")
@@ -202,27 +209,25 @@ class Plan:
             self.predictor.network.to(device)
         return Guided(found, model.process, self.terms) if self.terms else found
 
+    @property
+    def tries(self) -> int:
+        """How many compete for each molecule."""
+        return self.steering.particles or (4 if self.wish.scaffold is None else 1)
+
     def solver(self, solver: Solver) -> Solver:
         """``solver`` with the scaffold kept, steered by the scorers, or with several tries of
         which the fittest stays."""
-        tries = self.steering.particles
         if isinstance(self.domain, Scaffolded):
-            if self.wish.scorers:
-                raise ConfigurationError("score: it does not steer a scaffold; leave one out.")
-            return self.domain.keeping(solver)
-        if tries == 1:
+            solver = self.domain.keeping(solver)
+        if self.tries == 1:
             return solver
-        if not isinstance(solver, PlanSolver):
-            raise ConfigurationError(
-                f"particles={tries}: this solver takes one try per molecule; give particles=1."
-            )
         if not self.wish.scorers:
             time = self.model.denoiser.process.lead.t_min
-            return Steered.best_of(solver, fittest(self.domain, self.terms, time), tries)
+            return Steered.best_of(solver, fittest(self.domain, self.wished, time), self.tries)
         judge = reward(self.domain, *self.wish.scorers)
-        if not solver.stochastic:
-            return Steered.best_of(solver, judge, tries)
-        return Steered(solver, judge, tries, scale=4.0, every=5, ess=0.5, pick="best")
+        if not (isinstance(solver, PlanSolver) and solver.stochastic):
+            return Steered.best_of(solver, judge, self.tries)
+        return Steered(solver, judge, self.tries, scale=4.0, every=5, ess=0.5, pick="best")
 
     def check(self, force: bool = False) -> list[str]:
         """Try everything that can go wrong before sampling.
@@ -235,6 +240,8 @@ class Plan:
                 training data hold nothing like.
         """
         _ = self.domain, self.targets, self.terms, self.wish.scorers
+        if self.wish.scorers and self.tries == 1:
+            raise ConfigurationError("score: it chooses among tries; give particles=4.")
         warnings = self.warnings
         if warnings and not force:
             raise ConfigurationError(" ".join(warnings) + " Give force=true to go on anyway.")

@@ -173,7 +173,7 @@ def design(
 
     Args:
         steps: denoiser calls per molecule, of all its tries together; None: 25 for each of
-            several tries, 50 for a single one, with a scaffold 200.
+            several tries, 50 for a single one, with a scaffold 200 for each.
         force: go on although a target lies outside the training data.
         oracle, xtb: what judges; see ``molediff design --help``.
         seen: called with every design as soon as it is there.
@@ -212,8 +212,8 @@ def _judge(plan: Plan, oracle: str | None, xtb: bool | str) -> Judge:
 def _steps(given: int | None, plan: Plan) -> int:
     """Tries share the calls; resampling around a scaffold passes every time several times."""
     if plan.wish.scaffold is not None:
-        return given or 4 * STEPS
-    return given or max(STEPS, plan.steering.particles * STEPS // 2)
+        return given or 4 * STEPS * plan.tries
+    return given or max(STEPS, plan.tries * STEPS // 2)
 
 
 def _best_facts(designs: list[Design]) -> dict[str, Any]:

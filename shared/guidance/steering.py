@@ -29,12 +29,12 @@ PARTICLE, START, RESAMPLE = 1 << 24, 1 << 23, 1 << 41
 
 @dataclass(frozen=True, eq=False)
 class Steered(Solver):
-    """Feynman-Kac steering around any solver that is a plan; gives one particle per sample. The
-    particles of a sample depend on its own draws alone. The denoiser is called K times per
-    evaluation, each time on the batch.
+    """Feynman-Kac steering around any solver that is a plan, and best-of-N around any solver;
+    gives one particle per sample. The particles of a sample depend on its own draws alone. The
+    denoiser is called K times per evaluation, each time on the batch.
 
     Args:
-        solver: must be stochastic if particles are resampled.
+        solver: must be a stochastic plan if particles are resampled.
         reward: estimate of x_0 -> rewards [batch]; any code, without gradient. It sees the
             samples of the batch in their order, once per particle.
         particles: K; 1 changes nothing.
@@ -53,7 +53,7 @@ class Steered(Solver):
         FloatingPointError: (on solve) NaN or infinite rewards.
     """
 
-    solver: PlanSolver
+    solver: Solver
     reward: Reward
     particles: int = 4
     scale: float = 1.0
@@ -77,14 +77,18 @@ class Steered(Solver):
             )
         if self.pick not in ("sample", "best"):
             raise ValueError(f"Steered: pick '{self.pick}' is not one of sample, best.")
-        if self.every and self.particles > 1 and not self.solver.stochastic:
-            raise ValueError(
-                f"Steered: {type(self.solver).__name__} draws no noise, so copies of a particle "
-                "would stay equal; take a stochastic solver, or every=0."
-            )
+        if self.every and self.particles > 1:
+            name = type(self.solver).__name__
+            if not isinstance(self.solver, PlanSolver):
+                raise ValueError(f"Steered: {name} is no plan to resample in; give every=0.")
+            if not self.solver.stochastic:
+                raise ValueError(
+                    f"Steered: {name} draws no noise, so copies of a particle would stay equal; "
+                    "take a stochastic solver, or every=0."
+                )
 
     @classmethod
-    def best_of(cls, solver: PlanSolver, reward: Reward, n: int) -> Steered:
+    def best_of(cls, solver: Solver, reward: Reward, n: int) -> Steered:
         """``n`` independent tries per sample, of which the one with the best reward stays."""
         return cls(solver, reward, n, every=0, pick="best")
 
@@ -106,6 +110,15 @@ class Steered(Solver):
         after: After | None = None,
     ) -> State:
         particles = _Particles(self, len(next(iter(x.values()))), draw, next(iter(x)))
+        if not self.every or not isinstance(self.solver, PlanSolver):
+            starts = particles.split(particles.start(process, x))
+            ends = [
+                self.solver.solve(
+                    process, denoise, start, times, particles.draw_of(k), project, after
+                )
+                for k, start in enumerate(starts)
+            ]
+            return particles.choose(_join(ends))
         end = run(
             self.solver.plans(process, times),
             particles.denoise(denoise),
@@ -151,8 +164,12 @@ class _Particles:
             starts.append(process.prior(noise) if self.how.scatter else x)
         return _join(starts)
 
+    def draw_of(self, k: int) -> Draw:
+        """The draws of particle ``k``."""
+        return lambda name, j: self.draw(name, k * PARTICLE + j)
+
     def draws(self, name: str, j: int) -> Tensor:
-        return torch.cat([self.draw(name, k * PARTICLE + j) for k in range(self.how.particles)])
+        return torch.cat([self.draw_of(k)(name, j) for k in range(self.how.particles)])
 
     def denoise(self, denoise: Denoise) -> Denoise:
         def joined(x: State, t: float) -> dict[str, Prediction]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -23,7 +24,9 @@ from molediff.design.judging import Judge, Known, ranked
 from molediff.design.plan import Plan, Steering
 from molediff.design.tries import fittest
 from molediff.design.wishes import as_overrides
+from molediff.files import write
 from molediff.geometric.domain import Record
+from molediff.geometric.scaffolds import Keep
 from molediff.oracles import Accuracy
 from molediff.targets import Target
 from shared import cli
@@ -33,7 +36,7 @@ from shared.metrics import mean
 from shared.randomness import Draws
 from shared.sampling import time_grid
 from shared.solvers.adaptive import RK45
-from shared.solvers.ancestral import DDIM
+from shared.solvers.ancestral import DDIM, DDPM
 
 folder = test_properties.folder
 SMALL = ["model.width=32", "model.layers=1", "model.vectors=8", "model.pairs=8"]
@@ -215,16 +218,32 @@ def test_a_valid_molecule_is_fitter_than_any_other(runs):
     torch.testing.assert_close(found, torch.tensor([-18.0, -2.0, -1000.0]).double())
 
 
-def test_tries_are_counted(runs):
-    model = molediff.load(runs / "gen")
-    plan = Plan(model, Wish({"mass": 9}), Steering(str(runs / "energy")))
-    assert plan.solver(DDIM()).particles == 4
-    with pytest.raises(ConfigurationError, match="particles=4.*particles=1"):
-        plan.solver(RK45())
-    single = Plan(model, Wish({"mass": 9}), Steering(str(runs / "energy"), particles=1))
-    assert isinstance(single.solver(RK45()), RK45)
+def test_tries_surround_any_solver(runs, tmp_path):
+    model, energies = molediff.load(runs / "gen"), str(runs / "energy")
+    write(tmp_path / "frag.sdf", [test_properties.embedded("CO")])
+    mass, keep = Wish({"mass": 9}), Wish({"mass": 9}, scaffold=str(tmp_path / "frag.sdf"))
+
+    def solver(wish, particles, inner):
+        return Plan(model, wish, Steering(energies, particles=particles)).solver(inner)
+
+    assert solver(mass, None, DDIM()).particles == 4
+    assert isinstance(solver(mass, 1, RK45()), RK45)
+    assert isinstance(solver(mass, 2, RK45()).solver, RK45)
+    assert isinstance(solver(keep, None, DDIM()), Keep)
+    assert isinstance(solver(keep, 3, DDIM()).solver, Keep)
+    scored = replace(keep, score="qed")
+    assert not solver(scored, 3, DDPM()).every
+    assert solver(replace(mass, score="qed"), 3, DDPM()).every
+    with pytest.raises(ConfigurationError, match="score.*particles=4"):
+        Plan(model, scored, Steering(energies)).check()
     with pytest.raises(ConfigurationError, match="particles=0"):
         Steering(particles=0)
+    made = model.design(
+        mass=9, scaffold=str(tmp_path / "frag.sdf"), new=2, particles=2, steps=16, n=2, seed=0,
+        energies=energies, oracle=None, xtb=False,
+    )  # fmt: skip
+    assert [len(m) for m in made.molecules] == [4, 4]
+    assert all({6, 8} <= set(m.atomic_numbers.tolist()) for m in made.molecules)
 
 
 @pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m", "heun"])
