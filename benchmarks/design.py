@@ -2,14 +2,14 @@
 drawn jointly from labelled data, and an oracle trained on other labels says how far it missed.
 
     python benchmarks/design.py [--run qm9] [--data FOLDER] [--n 1000] [--steps 50]
-        [--properties mu,alpha,homo,lumo,gap,cv] [--pairs gap+mu,mu+cv] [--settings 0:1,1:2]
+        [--properties mu,alpha,homo,lumo,gap,cv] [--pairs gap+mu,mu+cv] [--settings 0:1,1:1,0:2]
         [--particles 1] [--seed 0] [--small] [--out FOLDER]
 
 A setting is the strength of the energies and the scale of classifier-free guidance: 0:1 is the
-plain conditional model, 1:1 EEGSDE with l = 1, 1:2 that of ``molediff design``. With particles,
-which share the calls, so many tries compete for every molecule, by validity and then by the
-energies that guide; the oracle never chooses. ``--steps 100 --particles 4 --settings 1:2`` is the
-default of ``molediff design``.
+plain conditional model, 1:1 EEGSDE with l = 1. With particles, which share the calls, so many
+tries compete for every molecule, by validity and then by the energies, also where these do not
+guide; the oracle never chooses. ``--steps 100 --particles 4 --settings 0:2`` is the default of
+``molediff design``.
 
 U: the oracle against shuffled targets. L: the oracle against the labels of held-out molecules.
 Closure: (U - MAE) / (U - L), which compares across oracles. All decoded molecules count, valid or
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--properties", default=",".join(PROPERTIES))
     parser.add_argument("--pairs", default="")
-    parser.add_argument("--settings", default="0:1,1:2", help="strength:condition, ...")
+    parser.add_argument("--settings", default="0:1,1:1,0:2", help="strength:condition, ...")
     parser.add_argument("--particles", type=int, default=1, help="tries per molecule")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=64)

@@ -28,7 +28,7 @@ from molediff.geometric.scaffolds import Scaffolded
 from molediff.scorers import reward
 from molediff.targets import Target
 from shared.configuration import ConfigurationError
-from shared.guidance import ClassifierFree, Guided, Steered, Term
+from shared.guidance import ClassifierFree, Energy, Guided, Steered, Term
 from shared.models import Model
 from shared.predictions import Denoise
 from shared.runs import pretrained
@@ -42,25 +42,27 @@ class Steering:
     Args:
         energies: property model on noisy molecules; 'auto': that named after the generator;
             None: none. fingerprints: the same for fingerprints.
-        strength: weight of the property energies (the published l). condition: scale of
-            classifier-free guidance. pull: weight of composition, similarity and own energies.
+        strength: weight of the gradients of the property energies (the published l); None: 1 for
+            properties that the generator is not told of, else 0: where few calls guide, gradients
+            cost validity, and the energies choose among the tries in any case.
+        condition: scale of classifier-free guidance.
+        pull: weight of composition, similarity and own energies.
         particles: tries that compete for each molecule, by the scores where there are any, else by
             validity and then the energies; None: 4, with a scaffold 1.
     """
 
     energies: str | None = "auto"
     fingerprints: str | None = "auto"
-    strength: float = 1.0
+    strength: float | None = None
     condition: float = 2.0
     pull: float = 1.0
     particles: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("strength", "condition", "pull"):
-            if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
-                raise ConfigurationError(
-                    f"{name}={getattr(self, name)}: give a number of at least 0."
-                )
+            given = getattr(self, name)
+            if given is not None and not (math.isfinite(given) and given >= 0):
+                raise ConfigurationError(f"{name}={given}: give a number of at least 0.")
         if self.particles is not None and not (
             isinstance(self.particles, int) and self.particles >= 1
         ):
@@ -157,16 +159,35 @@ class Plan:
         return Composition.parse(self.wish.limits, self.domain.elements, self.domain.scale)
 
     @cached_property
-    def wished(self) -> list[Term]:
-        """The energies of what is asked for."""
+    def energies(self) -> dict[str, Energy]:
+        """The energies of the targets that the property model predicts."""
+        if self.predictor is None:
+            return {}
+        names, predict = self.predictor.names, self.predictor.network.predict
+        return {
+            t.name: property_energy(predict, self.properties, names.index(t.name), t)
+            for t in self.targets
+            if t.name in names
+        }
+
+    @cached_property
+    def terms(self) -> list[Term]:
+        """The energies whose gradients guide."""
+        strengths = {name: self._strength(name) for name in self.energies}
+        found = [Term(self.energies[k], weight) for k, weight in strengths.items() if weight > 0]
+        found += self._others
+        if isinstance(self.domain, Scaffolded):
+            found += self.domain.terms(self.model.denoiser.process)
+        return found
+
+    @property
+    def choosing(self) -> list[Term]:
+        """The energies by which tries compete: all that is asked for."""
+        return [*map(Term, self.energies.values()), *self._others]
+
+    @cached_property
+    def _others(self) -> list[Term]:
         terms, pull = [], self.steering.pull
-        if self.predictor is not None and self.steering.strength > 0:
-            names, network = self.predictor.names, self.predictor.network
-            for target in self.targets:
-                if target.name in names:
-                    column = names.index(target.name)
-                    energy = property_energy(network.predict, self.properties, column, target)
-                    terms.append(Term(energy, self.steering.strength))
         if self.composition is not None:
             terms.append(Term(self.composition, pull, at="estimate"))
         if self.wish.energy is not None:
@@ -176,12 +197,14 @@ class Plan:
             terms.append(self._similarity())
         return terms
 
-    @cached_property
-    def terms(self) -> list[Term]:
-        """The energies that guide: those of the wishes, and of the scaffold."""
-        if not isinstance(self.domain, Scaffolded):
-            return self.wished
-        return [*self.wished, *self.domain.terms(self.model.denoiser.process)]
+    def _strength(self, name: str) -> float:
+        """The weight of the gradient of a target's energy."""
+        if self.steering.strength is not None:
+            return self.steering.strength
+        return 0.0 if self._told(name) else 1.0
+
+    def _told(self, name: str) -> bool:
+        return name in self.domain.properties and self.steering.condition > 0
 
     def _similarity(self) -> Term:
         name = companion(self.steering.fingerprints, self.model, "fingerprint")
@@ -223,7 +246,7 @@ class Plan:
             return solver
         if not self.wish.scorers:
             time = self.model.denoiser.process.lead.t_min
-            return Steered.best_of(solver, fittest(self.domain, self.wished, time), self.tries)
+            return Steered.best_of(solver, fittest(self.domain, self.choosing, time), self.tries)
         judge = reward(self.domain, *self.wish.scorers)
         if not (isinstance(solver, PlanSolver) and solver.stochastic):
             return Steered.best_of(solver, judge, self.tries)
@@ -249,15 +272,14 @@ class Plan:
         if unreachable:
             raise ConfigurationError(
                 f"{', '.join(unreachable)}: nothing steers it with condition="
-                f"{self.steering.condition:g}, strength={self.steering.strength:g}."
+                f"{self.steering.condition:g}, strength={self.steering.strength}."
             )
         self.domain.template(0, [0], **self.request)
         return warnings
 
     def _steers(self, name: str) -> bool:
-        told = name in self.domain.properties and self.steering.condition > 0
-        guided = self.predictor is not None and name in self.predictor.names
-        return told or (guided and self.steering.strength > 0)
+        guided = name in self.energies and self._strength(name) > 0
+        return self._told(name) or guided
 
 
 def companion(name: str | None, model: Model[Any], kind: str) -> str | None:

@@ -194,7 +194,7 @@ def test_the_fittest_of_several_tries_stays(runs, solver):
             ends[particles] = method.solve(
                 process, denoise, start, times, lambda name, j, draw=draw: draw(name, j + 1)
             )
-    fit = fittest(plan.domain, plan.terms, process.lead.t_min)
+    fit = fittest(plan.domain, plan.choosing, process.lead.t_min)
     one, many = fit(ends[1]), fit(ends[5])
     assert (many >= one - 1e-4).all()
     assert (many > one + 1e-4).any()
@@ -216,6 +216,20 @@ def test_a_valid_molecule_is_fitter_than_any_other(runs):
     terms = [Term(SquaredError(lambda x, *_: torch.tensor([3.0, 1.0, 0.0]), 0.0), 2.0)]
     found = fittest(domain, terms, 0.0)(x.state)
     torch.testing.assert_close(found, torch.tensor([-18.0, -2.0, -1000.0]).double())
+
+
+def test_gradients_guide_what_the_generator_is_not_told(runs):
+    model, energies = molediff.load(runs / "gen"), str(runs / "energy")
+    wish = Wish({"mass": 9}, composition="O=1")
+
+    def terms(**steering):
+        plan = Plan(model, wish, Steering(energies, **steering))
+        assert [t.scale for t in plan.choosing] == [1.0, 1.0]
+        return [t.scale for t in plan.terms]
+
+    assert terms() == [1.0]  # the composition
+    assert terms(condition=0.0) == [1.0, 1.0]
+    assert terms(strength=0.3) == [0.3, 1.0]
 
 
 def test_tries_surround_any_solver(runs, tmp_path):
