@@ -20,7 +20,6 @@ weights that the folder has already are kept, and several processes may fill one
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -30,23 +29,22 @@ from typing import Any
 import numpy as np
 import torch
 from common import Rows, markdown, weights
+from tries import generate
 
 import molediff
 from molediff import evaluate
 from molediff.design.judging import Known
 from molediff.design.plan import companion
 from molediff.design.run import oracles
-from molediff.design.tries import fittest
 from molediff.geometric.data import MoleculeData
 from molediff.geometric.domain import Molecules
 from molediff.geometric.energies import property_energy
 from molediff.geometric.predicting import Predictor
 from shared.domains import Batch
-from shared.guidance import ClassifierFree, Guided, Steered, Term
+from shared.guidance import ClassifierFree, Guided, Term
 from shared.metrics import mean
 from shared.models import Model
 from shared.randomness import stream
-from shared.sampling import Memory, sample
 
 PROPERTIES = ("mu", "alpha", "homo", "lumo", "gap", "cv")
 PUBLISHED = {  # mean absolute errors: U, EEGSDE, L (Bao et al. 2023; meV as eV)
@@ -114,40 +112,6 @@ def bounds(data: MoleculeData, oracle: Any, name: str) -> Bounds:
     )
 
 
-def generate(
-    model: Model[Any],
-    domain: Drawn,
-    energies: Predictor,
-    settings: dict[str, Any],
-    args: argparse.Namespace,
-) -> tuple[list[Any], int, float]:
-    """Molecules of the conditional generator under its own energies, the denoiser calls of each,
-    and the seconds of all."""
-    denoise: Any = model.denoiser
-    process, strength, tries = denoise.process, settings["strength"], settings["particles"]
-    if settings["condition"] != 1.0:
-        null = domain.null_condition()
-        denoise = ClassifierFree(denoise, process, null, settings["condition"])
-    terms = [energy(energies, name, strength or 1.0) for name in settings["properties"]]
-    if strength:
-        denoise = Guided(denoise, process, terms)
-    solver, grid, steps = model.chosen("auto", "auto", args.steps)
-    memory, calls, start = Memory(), 0, time.perf_counter()
-    for chunk in np.array_split(np.arange(args.n), -(-args.n // args.batch)):
-        method = solver
-        if tries > 1:
-            cond = domain.template(args.seed, chunk.tolist()).cond
-            method = Steered.best_of(
-                solver, fittest(domain, terms, process.lead.t_min, cond), tries
-            )
-        made = sample(
-            denoise, process, domain, len(chunk), method, steps, grid, args.seed,
-            indices=chunk.tolist(), batch=len(chunk), sink=memory,
-        )  # fmt: skip
-        calls = max(calls, made.nfe)
-    return [memory.items[i] for i in range(args.n)], calls, time.perf_counter() - start
-
-
 def energy(energies: Predictor, name: str, strength: float) -> Term:
     """The energy of one property, told its target molecule by molecule."""
     column = energies.names.index(name)
@@ -163,9 +127,19 @@ def row(
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """One setting: errors by every oracle, stability, novelty."""
-    names = settings["properties"]
+    names, strength = settings["properties"], settings["strength"]
     domain = Drawn(model.domain, names)
-    made, calls, seconds = generate(model, domain, energies, settings, args)
+    denoise: Any = model.denoiser
+    if settings["condition"] != 1.0:
+        null = domain.null_condition()
+        denoise = ClassifierFree(denoise, denoise.process, null, settings["condition"])
+    terms = [energy(energies, name, strength or 1.0) for name in names]
+    if strength:
+        denoise = Guided(denoise, model.denoiser.process, terms)
+    made, calls, seconds = generate(
+        model, domain, denoise, terms,
+        n=args.n, steps=args.steps, tries=args.particles, seed=args.seed, batch=args.batch,
+    )  # fmt: skip
     wanted = domain.drawn(args.seed, range(args.n))[:, 1:]
     errors: dict[str, Any] = {}
     for short, judge in judges.items():

@@ -2,8 +2,11 @@
 held-out ones, drawn to their fingerprints by an energy (Bao et al. 2023, Sec. 5.3).
 
     python benchmarks/similarity.py --data FOLDER [--run qm9] [--fingerprints qm9_fingerprint]
-        [--strengths 0,0.5,2] [--n 1000] [--steps 50] [--seed 0] [--small] [--out FOLDER]
+        [--strengths 0,0.5,2] [--n 1000] [--steps 50] [--particles 1] [--seed 0] [--small]
+        [--out FOLDER]
 
+With particles, which share the calls, so many tries compete for every molecule, by validity and
+then by the energy.
 ``--data``, a prepared QM9, holds the targets. The similarity of what is no molecule is 0. Rows of
 the same weights that the folder has already are kept.
 """
@@ -11,13 +14,14 @@ the same weights that the folder has already are kept.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from common import Rows, markdown, weights
+from tries import generate
 
 import molediff
 from molediff import Molecule, evaluate
@@ -69,36 +73,42 @@ def row(
     kind = predictor.domain.kind
     domain = Resembling(model.domain, MoleculeData(args.data), kind)
     found: Any = model.denoiser
-    if settings["strength"]:
-        energy = fingerprint_energy(predictor.network.predict, "bits")
-        found = Guided(found, model.denoiser.process, [Term(energy, settings["strength"])])
-    made = type(model)(model.denoiser, domain, model.run, model.checkpoint).generate(
-        args.n, steps=args.steps, seed=args.seed, batch=args.batch, denoise=found
-    )
+    energy, strength = fingerprint_energy(predictor.network.predict, "bits"), settings["strength"]
+    if strength:
+        found = Guided(found, model.denoiser.process, [Term(energy, strength)])
+    made, calls, seconds = generate(
+        model, domain, found, [Term(energy)],
+        n=args.n, steps=args.steps, tries=args.particles, seed=args.seed, batch=args.batch,
+    )  # fmt: skip
     goals, alike = domain.bits(args.seed, range(args.n)), np.zeros(args.n)
-    for i, molecule in enumerate(made.items):
+    for i, molecule in enumerate(made):
         if not isinstance(molecule, Molecule):
             continue
         try:
             alike[i] = tanimoto(fingerprint(perceive(molecule, "rdkit"), kind), goals[i])
         except ValueError:  # no bonds that make sense
             continue
-    scores = evaluate(made.items)
+    scores = evaluate(made)
     return {
-        **settings, "kind": kind, "nfe": made.summary.nfe, "seconds": made.summary.seconds,
+        **settings, "kind": kind, "nfe": calls, "seconds": seconds,
         "tanimoto": mean(alike).as_json(),
         "molecule_stability": scores["molecule_stability"].as_json(),
     }  # fmt: skip
 
 
+def order(r: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (r["particles"], r["strength"], r["n"], r["calls"])
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    columns = ("fingerprint", "energy", "calls", "n", "Tanimoto", "95 % interval",
+    columns = ("fingerprint", "energy", "tries", "calls", "n", "Tanimoto", "95 % interval",
                "molecules stable %")  # fmt: skip
     return markdown(
         columns,
         [
             (
-                *(r["kind"], r["strength"], r["nfe"], r["n"], r["tanimoto"]["value"]),
+                *(r[key] for key in ("kind", "strength", "particles", "nfe", "n")),
+                r["tanimoto"]["value"],
                 f"{r['tanimoto']['low']:.3f}-{r['tanimoto']['high']:.3f}",
                 round(100 * r["molecule_stability"]["value"], 1),
             )
@@ -115,6 +125,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--strengths", default="0,0.5,2")
+    parser.add_argument("--particles", type=int, default=1, help="tries per molecule")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -131,9 +142,12 @@ def main() -> None:
         "run": args.run, "weights": weights(model.denoiser),
         "fingerprints": args.fingerprints, "energy": weights(predictor.network),
     }  # fmt: skip
-    rows = Rows(args.out, "similarity", subject, lambda r: r["strength"], table)
+    rows = Rows(args.out, "similarity", subject, order, table)
     for strength in map(float, args.strengths.split(",")):
-        settings = {"strength": strength, "n": args.n, "calls": args.steps, "seed": args.seed}
+        settings = {
+            "strength": strength, "particles": args.particles, "n": args.n, "calls": args.steps,
+            "seed": args.seed,
+        }  # fmt: skip
         if not rows.has(**settings):
             rows.add(row(model, predictor, settings, args))
 

@@ -86,6 +86,9 @@ def test_design(tmp_path):
     assert len(rows) == 1
     assert rows[0]["errors"]["gap_network"]["n"] == 4
     assert rows[0]["nfe"] == 4
+    options = ("--no-xtb", "--energies", "qm9_energy", "--particles", "2")
+    rows = run("design", tmp_path, *options)["rows"]
+    assert [(row["particles"], row["nfe"]) for row in rows] == [(1, 4), (2, 4)]
 
 
 def test_rows_are_kept_while_their_subject_is_the_same(tmp_path):
