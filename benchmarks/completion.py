@@ -130,7 +130,7 @@ class Table:
         self.pairs = pairs
         self.rows = Rows(
             *(folder, "completion", {"points": points, "seed": 0}, _order, _markdown),
-            current=lambda row: row.get("weights") in (None, weights),
+            current=lambda row: not weights or row.get("weights") in (None, weights),
         )
 
     def add(

@@ -42,3 +42,15 @@ def test_half_of_a_box_gets_another_half_in_its_own_units(completer):
     np.testing.assert_allclose(moved, full / 1000 - 3, atol=2e-3)
     some = completer.complete(scan, 2, points=64, steps=4, seed=1)
     assert not np.allclose(some[0], some[1])
+
+
+def test_a_scan_where_the_whole_is_normalised_is_completed_in_that_frame(completer):
+    rng = np.random.default_rng(1)
+    rod = rng.normal(size=(3000, 3))
+    rod *= [1.0, 0.2, 0.3] / np.linalg.norm(rod, axis=1, keepdims=True)
+    scan = rod[rod[:, 0] < 0.1]
+    assert completer.frame(scan) == "given"
+    full = completer.complete(scan, points=512, steps=8, seed=0)[0]
+    own = completer.complete(scan, points=512, steps=8, seed=0, frame="own")[0]
+    assert distance(full, rod) < 0.5 * distance(scan, rod)
+    assert distance(full, rod) < distance(own, rod)
