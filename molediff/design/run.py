@@ -288,6 +288,7 @@ def _settings(plan: Plan, chosen: Mapping[str, Any]) -> dict[str, Any]:
         "steering": vars(plan.steering),
         **{key: plain(chosen[key]) for key in ("solver", "grid")},
         "steps": chosen["steps"],
+        "tries": plan.tries,
     }
 
 
@@ -342,6 +343,7 @@ def _facts(settings: Mapping[str, Any], made: Summary, designs: list[Design]) ->
         "seed": settings["seed"],
         "solver": str(settings["solver"].get("_target_", "")).rpartition(".")[2],
         "denoiser calls": settings["steps"],
+        "tries each": settings["tries"],
         "seconds": round(made.seconds, 1),
     }
 
