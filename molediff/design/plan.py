@@ -42,9 +42,9 @@ class Steering:
     Args:
         energies: property model on noisy molecules; 'auto': that named after the generator;
             None: none. fingerprints: the same for fingerprints.
-        strength: weight of the gradients of the property energies (the published l); None: 1 for
-            properties that the generator is not told of, else 0: where few calls guide, gradients
-            cost validity, and the energies choose among the tries in any case.
+        strength: weight of the gradients of the property energies (the published l); None: 0 for
+            properties that the generator is told of where the energies choose among tries, else
+            1: with few calls for each try, gradients cost more than they give.
         condition: scale of classifier-free guidance.
         pull: weight of composition, similarity and own energies.
         particles: tries that compete for each molecule, by the scores where there are any, else by
@@ -201,7 +201,8 @@ class Plan:
         """The weight of the gradient of a target's energy."""
         if self.steering.strength is not None:
             return self.steering.strength
-        return 0.0 if self._told(name) else 1.0
+        choose = self.tries > 1 and not self.wish.scorers
+        return 0.0 if choose and self._told(name) else 1.0
 
     def _told(self, name: str) -> bool:
         return name in self.domain.properties and self.steering.condition > 0

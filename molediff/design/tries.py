@@ -21,7 +21,7 @@ def fittest(
     domain: Molecules, terms: Sequence[Term], time: float, cond: Condition | None = None
 ) -> Reward:
     """Minus the weighted energies of finished states, far less for what is no valid molecule
-    (:func:`molediff.design.judging.verdict`): the reward of ``Steered.best_of``.
+    (:func:`molediff.design.judging.verdict`) or has no energy: the reward of ``Steered.best_of``.
 
     Args:
         terms: energies and their weights; an energy of all samples is read at ``time``, the end
@@ -37,6 +37,6 @@ def fittest(
         inside = None if mask is None else mask.to(device)
         for term in terms:
             fit -= term.scale * term.energy(state, time, inside, cond).cpu().to(torch.float64)
-        return fit
+        return fit.nan_to_num(2 * WORST, neginf=2 * WORST)
 
     return reward

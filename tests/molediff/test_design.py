@@ -175,7 +175,7 @@ def test_the_fittest_of_several_tries_stays(runs, solver):
     model = molediff.load(runs / "gen")
     process, ends = model.denoiser.process, {}
     for particles in (1, 5):
-        steering = Steering(str(runs / "energy"), particles=particles)
+        steering = Steering(str(runs / "energy"), strength=0.0, particles=particles)
         plan = Plan(model, Wish({"mass": 9}), steering)
         method, grid, steps = model.chosen(solver, "time_uniform", 4 * particles)
         method = plan.solver(method)
@@ -213,22 +213,29 @@ def test_a_valid_molecule_is_fitter_than_any_other(runs):
         ]
     )
     x.state["positions"][2] *= 1.5  # in pieces
-    terms = [Term(SquaredError(lambda x, *_: torch.tensor([3.0, 1.0, 0.0]), 0.0), 2.0)]
-    found = fittest(domain, terms, 0.0)(x.state)
-    torch.testing.assert_close(found, torch.tensor([-18.0, -2.0, -1000.0]).double())
+
+    def found(*values):
+        energy = SquaredError(lambda x, *_: torch.tensor(values), 0.0)
+        return fittest(domain, [Term(energy, 2.0)], 0.0)(x.state)
+
+    expected = torch.tensor([-18.0, -2.0, -1000.0]).double()
+    torch.testing.assert_close(found(3.0, 1.0, 0.0), expected)
+    broken = found(float("nan"), 1.0, 0.0)
+    assert broken.isfinite().all()
+    assert broken.argmin() == 0
 
 
-def test_gradients_guide_what_the_generator_is_not_told(runs):
+def test_gradients_guide_where_the_energies_do_not_choose(runs):
     model, energies = molediff.load(runs / "gen"), str(runs / "energy")
-    wish = Wish({"mass": 9}, composition="O=1")
 
-    def terms(**steering):
+    def terms(score=None, **steering):
+        wish = Wish({"mass": 9}, composition="O=1", score=score)
         plan = Plan(model, wish, Steering(energies, **steering))
         assert [t.scale for t in plan.choosing] == [1.0, 1.0]
         return [t.scale for t in plan.terms]
 
     assert terms() == [1.0]  # the composition
-    assert terms(condition=0.0) == [1.0, 1.0]
+    assert terms(condition=0.0) == terms(particles=1) == terms(score="qed") == [1.0, 1.0]
     assert terms(strength=0.3) == [0.3, 1.0]
 
 
