@@ -141,15 +141,18 @@ class Table:
         frame: str | None = None,
         also_kept: bool = True,
         n: int | None = None,
+        ready: Callable[[], object] = lambda: None,
         **facts: Any,
     ) -> None:
-        """The clouds that ``make`` (scan, index) gives, as they are and with the scan kept."""
+        """The clouds that ``make`` (scan, index) gives, as they are and with the scan kept;
+        ``ready`` is called before, untimed."""
         pairs = self.pairs[:n]
         settings = {
             "completion": name, "frame": frame, "calls": calls, "n": len(pairs), **facts,
         }  # fmt: skip
         if all(self.rows.has(**settings, kept=keep) for keep in (False, also_kept)):
             return
+        ready()
         start = time.perf_counter()
         clouds = [make(pair.scan, i) for i, pair in enumerate(pairs)]
         seconds = (time.perf_counter() - start) / len(pairs)
@@ -172,7 +175,7 @@ def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = [
         [row["completion"], row["frame"], "yes" if row["kept"] else "", row["calls"], row["n"]]
         + [f"{unit * row[key]['value']:.3f}" for key, unit in UNITS.items()]
-        + [f"{row['seconds']:.2f}"]
+        + [None if row["seconds"] is None else f"{row['seconds']:.2f}"]
         for row in rows
     ]
     return markdown(COLUMNS, cells)
@@ -190,7 +193,9 @@ def compare(given: argparse.Namespace) -> None:
     table.add("scan and mirror image", mirrored)
     table.add("nearest training shape", lambda scan, i: nearest(domain, scan), frame="given")
     own = cache(lambda: Scans(training(given)))
-    table.add("nearest training shape", lambda scan, i: own().nearest(scan), frame="own")
+    table.add(
+        "nearest training shape", lambda scan, i: own().nearest(scan), frame="own", ready=own
+    )
     if model is not None:
         add_model(table, model, given, digest)
     if given.pcn_seconds:
@@ -232,7 +237,7 @@ def add_pcn(table: Table, given: argparse.Namespace) -> None:
             return pcn.complete(network(), domain, scan, name)
 
         facts = {"trained_seconds": given.pcn_seconds}
-        table.add("encoder-decoder", completed, frame=frame, **facts)
+        table.add("encoder-decoder", completed, frame=frame, ready=network, **facts)
 
     add("given", "data")
     add("own", "scan")
