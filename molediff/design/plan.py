@@ -46,7 +46,8 @@ class Steering:
             properties that the generator is told of where the energies choose among tries, else
             1: with few calls for each try, gradients cost more than they give.
         condition: scale of classifier-free guidance.
-        pull: weight of composition, similarity and own energies.
+        pull: weight of composition, own energies and similarity; the last, too, only pulls where
+            energies do not choose among tries.
         particles: tries that compete for each molecule, by the scores where there are any, else by
             validity and then the energies; None: 4, with a scaffold 1.
     """
@@ -175,7 +176,9 @@ class Plan:
         """The energies whose gradients guide."""
         strengths = {name: self._strength(name) for name in self.energies}
         found = [Term(self.energies[k], weight) for k, weight in strengths.items() if weight > 0]
-        found += self._others
+        found += self._limits
+        if not self._choose:
+            found += self._resemblance
         if isinstance(self.domain, Scaffolded):
             found += self.domain.terms(self.model.denoiser.process)
         return found
@@ -183,26 +186,32 @@ class Plan:
     @property
     def choosing(self) -> list[Term]:
         """The energies by which tries compete: all that is asked for."""
-        return [*map(Term, self.energies.values()), *self._others]
+        return [*map(Term, self.energies.values()), *self._limits, *self._resemblance]
+
+    @property
+    def _choose(self) -> bool:
+        """Whether energies choose among tries."""
+        return self.tries > 1 and not self.wish.scorers
 
     @cached_property
-    def _others(self) -> list[Term]:
+    def _limits(self) -> list[Term]:
         terms, pull = [], self.steering.pull
         if self.composition is not None:
             terms.append(Term(self.composition, pull, at="estimate"))
         if self.wish.energy is not None:
             own = UserEnergy.load(self.wish.energy, self.domain.elements, self.domain.scale)
             terms.append(Term(own, pull, at="estimate"))
-        if self.wish.similar is not None:
-            terms.append(self._similarity())
         return terms
+
+    @cached_property
+    def _resemblance(self) -> list[Term]:
+        return [] if self.wish.similar is None else [self._similarity()]
 
     def _strength(self, name: str) -> float:
         """The weight of the gradient of a target's energy."""
         if self.steering.strength is not None:
             return self.steering.strength
-        choose = self.tries > 1 and not self.wish.scorers
-        return 0.0 if choose and self._told(name) else 1.0
+        return 0.0 if self._choose and self._told(name) else 1.0
 
     def _told(self, name: str) -> bool:
         return name in self.domain.properties and self.steering.condition > 0
@@ -263,7 +272,7 @@ class Plan:
             ConfigurationError: the first mistake; without ``force`` also targets that the
                 training data hold nothing like.
         """
-        _ = self.domain, self.targets, self.terms, self.wish.scorers
+        _ = self.domain, self.targets, self.terms, self.choosing, self.wish.scorers
         if self.wish.scorers and self.tries == 1:
             raise ConfigurationError("score: it chooses among tries; give particles=4.")
         warnings = self.warnings

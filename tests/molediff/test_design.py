@@ -137,6 +137,10 @@ def test_a_molecule_to_be_resembled(tmp_path):
     assert "similar:OCC1CC1" in rows[0]
     settings = json.loads((out / "settings.json").read_text())
     assert settings["wish"]["similar"] == "OCC1CC1"
+    model, wish = molediff.load("qm9"), Wish(similar="OCC1CC1")
+    several, single = (Plan(model, wish, Steering(particles=k)) for k in (2, 1))
+    assert (len(several.choosing), len(several.terms)) == (1, 0)
+    assert len(single.terms) == 1
 
 
 def test_a_far_target_is_tried_when_told_to(runs, tmp_path, capsys):
