@@ -54,17 +54,8 @@ NAMES = (
     "encoder-decoder",
     "diffusion",
 )
-COLUMNS = [
-    "completion",
-    "frame",
-    "kept",
-    "calls",
-    "n",
-    "Chamfer-L2 x1e4",
-    "EMD x1e2",
-    "F1",
-    "seconds each",
-]
+COLUMNS = ("completion", "frame", "kept", "calls", "n", "Chamfer-L2 x1e4", "EMD x1e2", "F1",
+           "seconds each")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -228,7 +219,7 @@ def add_model(table: Table, model: Completer, given: argparse.Namespace, digest:
 
 
 def add_pcn(table: Table, given: argparse.Namespace) -> None:
-    """Rows of the encoder-decoder, trained when the first of its scans is completed."""
+    """Rows of the encoder-decoder, trained once where one of them is missing."""
     domain = training(given)
     network = cache(lambda: pcn.train(domain, given.pcn_seconds))
 

@@ -165,7 +165,8 @@ def order(r: Mapping[str, Any]) -> tuple[Any, ...]:
 def table(rows: Sequence[dict[str, Any]], limits: dict[str, Bounds]) -> str:
     columns = (
         "property", "energy", "condition", "tries", "calls", "n", "MAE", "95 % interval", "U",
-        "#atoms", "L", "closure %", "EEGSDE closure %", "xTB MAE", "molecules stable %", "novel %",
+        "#atoms", "L", "closure %", "EEGSDE closure %", "xTB MAE", "valid %",
+        "molecules stable %", "novel %",
     )  # fmt: skip
     lines = []
     for r in rows:
@@ -192,7 +193,7 @@ def table(rows: Sequence[dict[str, Any]], limits: dict[str, Bounds]) -> str:
                         round(100 * r["scores"][key]["value"], 1)
                         if key in r["scores"] and r["scores"][key]["value"] is not None
                         else ""
-                        for key in ("molecule_stability", "novelty_valence")
+                        for key in ("validity_valence", "molecule_stability", "novelty_valence")
                     ),
                 )
             )

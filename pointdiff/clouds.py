@@ -92,8 +92,8 @@ class Frame:
 
 def placed(scan: Cloud) -> bool:
     """Whether a scan seems to be in the frame of its complete cloud already, centre 0 and largest
-    radius 1: its farthest point is there (almost every scan shows one), and it was not itself
-    centred and scaled, by its mean or its bounding box."""
+    radius 1: its farthest point lies there, and it was not itself centred, by its mean or its
+    bounding box. A scan that does not show the farthest point of the whole is not recognised."""
     if not 0.97 <= np.linalg.norm(scan, axis=1).max() <= 1.005:
         return False
     own = scan.mean(0), Frame.of(scan).centre

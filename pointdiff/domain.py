@@ -97,7 +97,7 @@ class Completion(Domain[Cloud]):
         self.data, self.points, self.mirror = data, points, mirror
         self.scan, self.augment, self.validation = scan or Scanner(), augment, validation
         self._restored: Mapping[str, Any] | None = None
-        self._kept: dict[tuple[str, str], Pairs] = {}
+        self._made: dict[tuple[str, str], Pairs] = {}
 
     # -- constants ----------------------------------------------------------------------------
 
@@ -194,12 +194,12 @@ class Completion(Domain[Cloud]):
 
     def fixed(self, part: str, frame: str) -> Pairs:
         """Pairs without changes, always the same."""
-        if (part, frame) not in self._kept:
+        if (part, frame) not in self._made:
             pairs = self._pairs(part, fresh=False, frame=frame)
             if part == "test" and not len(pairs):
                 pairs = self._pairs("valid", fresh=False, frame=frame)
-            self._kept[part, frame] = pairs
-        return self._kept[part, frame]
+            self._made[part, frame] = pairs
+        return self._made[part, frame]
 
     def _settled(self, frame: Any) -> str:
         """The frame that is asked for; None: the only one, or that of the scan."""

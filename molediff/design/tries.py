@@ -37,6 +37,6 @@ def fittest(
         inside = None if mask is None else mask.to(device)
         for term in terms:
             fit -= term.scale * term.energy(state, time, inside, cond).cpu().to(torch.float64)
-        return fit.nan_to_num(2 * WORST, neginf=2 * WORST)
+        return torch.where(fit.isfinite(), fit, 2 * WORST)
 
     return reward

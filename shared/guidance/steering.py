@@ -218,7 +218,7 @@ class _Particles:
     def resample(self, predictions: Mapping[str, Prediction], t: float) -> Tensor | None:
         """The rows that go on, or None; a hook of the plan loop."""
         self.evaluations += 1
-        if self.how.every == 0 or self.evaluations % self.how.every:
+        if self.evaluations % self.how.every:
             return None
         self.weigh(self.rewards({name: p.x0 for name, p in predictions.items()}))
         weights = self.log_weight.softmax(0)
