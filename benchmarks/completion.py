@@ -1,13 +1,13 @@
 """Completion of test scans: a model against what needs none, and against an encoder-decoder.
 
     python benchmarks/completion.py --data shapes.npz [--run shapes] [--n 32] [--steps 5 10 20 50]
-        [--long 1000 --few 4] [--pcn-seconds 600 --views views.npz]
+        [--long 1000 --few 4] [--pcn-seconds 600 --views views.npz [--pcn-file pcn.safetensors]]
 
 The scan itself, the scan with its mirror image, and the nearest training shape are the baselines;
 --pcn-seconds trains an encoder-decoder (benchmarks/pcn.py) for so much processor time on the same
-pairs. Every cloud has as many points as the scan. "Kept" says that points on the scan were
-replaced by points of it, as `pointdiff complete` does by default; the same is done for every
-baseline.
+pairs, or takes it from --pcn-file, where it keeps it. Every cloud has as many points as the scan.
+"Kept" says that points on the scan were replaced by points of it, as `pointdiff complete` does by
+default; the same is done for every baseline.
 
 Frame "given": the scan lies as in the published benchmarks, centre 0 and largest radius 1 being
 those of the whole, which tells how far the hidden part reaches. Frame "own": nothing but the scan
@@ -221,7 +221,7 @@ def add_model(table: Table, model: Completer, given: argparse.Namespace, digest:
 def add_pcn(table: Table, given: argparse.Namespace) -> None:
     """Rows of the encoder-decoder, trained once where one of them is missing."""
     domain = training(given)
-    network = cache(lambda: pcn.train(domain, given.pcn_seconds))
+    network = cache(lambda: pcn.trained(domain, given.pcn_seconds, given.pcn_file))
 
     def add(frame: str, name: str) -> None:
         def completed(scan: Cloud, i: int) -> Cloud:
@@ -244,6 +244,7 @@ def main() -> None:
     parser.add_argument("--long", type=int, help="another number of steps, for few shapes")
     parser.add_argument("--few", type=int, default=4)
     parser.add_argument("--pcn-seconds", type=float, default=0.0)
+    parser.add_argument("--pcn-file", type=Path, help="keeps the trained encoder-decoder")
     parser.add_argument("--views", help="file of `pointdiff views`, for --pcn-seconds")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import time
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pointdiff.domain import Completion
@@ -75,6 +77,18 @@ def train(domain: Completion, seconds: float, seed: int = 0, batch: int = 16) ->
         loss.mean().backward()
         optimizer.step()
     raise AssertionError
+
+
+def trained(domain: Completion, seconds: float, file: Path | None) -> EncoderDecoder:
+    """The network after so many seconds, kept in ``file``; taken from there if it exists."""
+    if file is None or not file.exists():
+        network = train(domain, seconds)
+        if file is not None:
+            save_file(network.state_dict(), file)
+        return network
+    network = EncoderDecoder()
+    network.load_state_dict(load_file(file))
+    return network.eval()
 
 
 @torch.no_grad()

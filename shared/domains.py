@@ -56,6 +56,8 @@ class Domain(ABC, Generic[Item]):
     solver: ClassVar[str] = "dpmpp_2m"
     grid: ClassVar[str] = "log_snr"
     """The options of the configuration groups ``solver`` and ``grid`` that suit its models."""
+    grids: ClassVar[Mapping[str, str]] = {}
+    """Other grids for solvers, by their class, that ``grid`` does not suit."""
 
     @abstractmethod
     def statistics(self) -> dict[str, Any]:

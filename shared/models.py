@@ -171,7 +171,9 @@ def settled(
     checkpoint was published with, if its configuration says so, else by what suits the domain.
     The published grid and steps go with the published solver only."""
     own = checkpoint.config if _is_auto(config["solver"]) and "solver" in checkpoint.config else {}
-    out = {group: _settle(group, config[group], own, domain) for group in ("solver", "grid")}
+    solver = _settle("solver", config["solver"], own, domain.solver)
+    grid = _settle("grid", config["grid"], own, domain.grids.get(_class(solver), domain.grid))
+    out = {"solver": solver, "grid": grid}
     out["steps"] = own.get("steps", STEPS) if config["steps"] is None else config["steps"]
     return out
 
@@ -180,13 +182,20 @@ def _is_auto(config: Any) -> bool:
     return isinstance(config, DictConfig) and config.get("_target_") == "shared.models.suited"
 
 
-def _settle(group: str, config: Any, own: Mapping[str, Any], domain: Domain[Any]) -> Any:
+def _class(solver: Any) -> str:
+    """The name of the class of a solver or of what describes one."""
+    if isinstance(solver, DictConfig):
+        return str(solver.get("_target_")).rpartition(".")[2]
+    return type(solver).__name__
+
+
+def _settle(group: str, config: Any, own: Mapping[str, Any], suited: str) -> Any:
     if not _is_auto(config):
         return config
     options = {k: v for k, v in config.items() if k not in ("_target_", "group") and v is not None}
     if group in own and not options:
         return OmegaConf.create(dict(own[group]))
-    return option(group, getattr(domain, group), **options)
+    return option(group, suited, **options)
 
 
 def find_device(name: str) -> torch.device:

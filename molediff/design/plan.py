@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rdkit import Chem
+from torch import Tensor
 
 from molediff.design.tries import fittest
 from molediff.design.wishes import Wish
@@ -31,8 +32,12 @@ from shared.configuration import ConfigurationError
 from shared.guidance import ClassifierFree, Energy, Guided, Steered, Term
 from shared.models import Model
 from shared.predictions import Denoise
+from shared.process import State
 from shared.runs import pretrained
 from shared.solvers.base import PlanSolver, Solver
+
+SCORES = 4.0
+"""The weight of scores, beside which that of an energy is 1."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +48,15 @@ class Steering:
         energies: property model on noisy molecules; 'auto': that named after the generator;
             None: none. fingerprints: the same for fingerprints.
         strength: weight of the gradients of the property energies (the published l); None: 0 for
-            properties that the generator is told of where the energies choose among tries, else
-            1: with few calls for each try, gradients cost more than they give.
+            properties that the generator is told of where there are several tries, among which the
+            energies choose, else 1: with few calls for each try, gradients cost more than they
+            give.
         condition: scale of classifier-free guidance.
         pull: weight of composition, own energies and similarity; the last, too, only pulls where
-            energies do not choose among tries.
-        particles: tries that compete for each molecule, by the scores where there are any, else by
-            validity and then the energies; None: 4, with a scaffold 1.
+            there is one try.
+        particles: tries that compete for each molecule, by validity and then the energies and
+            scores; None: 4, with a scaffold 1. Scores resample them on the way, too, where the
+            solver draws noise.
     """
 
     energies: str | None = "auto"
@@ -177,7 +184,7 @@ class Plan:
         strengths = {name: self._strength(name) for name in self.energies}
         found = [Term(self.energies[k], weight) for k, weight in strengths.items() if weight > 0]
         found += self._limits
-        if not self._choose:
+        if self.tries == 1:
             found += self._resemblance
         if isinstance(self.domain, Scaffolded):
             found += self.domain.terms(self.model.denoiser.process)
@@ -187,11 +194,6 @@ class Plan:
     def choosing(self) -> list[Term]:
         """The energies by which tries compete: all that is asked for."""
         return [*map(Term, self.energies.values()), *self._limits, *self._resemblance]
-
-    @property
-    def _choose(self) -> bool:
-        """Whether energies choose among tries."""
-        return self.tries > 1 and not self.wish.scorers
 
     @cached_property
     def _limits(self) -> list[Term]:
@@ -211,7 +213,7 @@ class Plan:
         """The weight of the gradient of a target's energy."""
         if self.steering.strength is not None:
             return self.steering.strength
-        return 0.0 if self._choose and self._told(name) else 1.0
+        return 0.0 if self.tries > 1 and self._told(name) else 1.0
 
     def _told(self, name: str) -> bool:
         return name in self.domain.properties and self.steering.condition > 0
@@ -254,13 +256,19 @@ class Plan:
             solver = self.domain.keeping(solver)
         if self.tries == 1:
             return solver
+        fit = fittest(self.domain, self.choosing, self.model.denoiser.process.lead.t_min)
         if not self.wish.scorers:
-            time = self.model.denoiser.process.lead.t_min
-            return Steered.best_of(solver, fittest(self.domain, self.choosing, time), self.tries)
-        judge = reward(self.domain, *self.wish.scorers)
+            return Steered.best_of(solver, fit, self.tries)
+        score = reward(self.domain, *self.wish.scorers)
+
+        def choice(state: State) -> Tensor:
+            return fit(state) + SCORES * score(state)
+
         if not (isinstance(solver, PlanSolver) and solver.stochastic):
-            return Steered.best_of(solver, judge, self.tries)
-        return Steered(solver, judge, self.tries, scale=4.0, every=5, ess=0.5, pick="best")
+            return Steered.best_of(solver, choice, self.tries)
+        return Steered(
+            solver, score, self.tries, SCORES, every=5, ess=0.5, pick="best", choice=choice
+        )
 
     def check(self, force: bool = False) -> list[str]:
         """Try everything that can go wrong before sampling.

@@ -45,6 +45,7 @@ class Steered(Solver):
         ess: resample a sample's particles only while their effective number, 1 / sum w^2, is
             below this share of K; 1 resamples at every weighing.
         pick: the particle that is given back, 'sample' by its weight or 'best' by its reward.
+        choice: another reward, of the finished samples, by which 'best' picks.
         scatter: start the other particles at draws of the prior; False: all at the given state
             (an edit, where the start is not the prior).
 
@@ -61,6 +62,7 @@ class Steered(Solver):
     every: int = 1
     ess: float = 1.0
     pick: Literal["sample", "best"] = "sample"
+    choice: Reward | None = None
     scatter: bool = True
 
     stochastic = True
@@ -77,6 +79,8 @@ class Steered(Solver):
             )
         if self.pick not in ("sample", "best"):
             raise ValueError(f"Steered: pick '{self.pick}' is not one of sample, best.")
+        if self.choice is not None and self.pick != "best":
+            raise ValueError("Steered: a choice needs pick='best'.")
         if self.every and self.particles > 1:
             name = type(self.solver).__name__
             if not isinstance(self.solver, PlanSolver):
@@ -187,9 +191,9 @@ class _Particles:
 
     # -- weights
 
-    def rewards(self, x0: State) -> Tensor:
+    def rewards(self, x0: State, reward: Reward) -> Tensor:
         """[k, batch]."""
-        rewards = torch.stack([torch.as_tensor(self.how.reward(p)) for p in self.split(x0)])
+        rewards = torch.stack([torch.as_tensor(reward(part)) for part in self.split(x0)])
         if rewards.shape != self.log_weight.shape:
             raise ValueError(
                 f"Steered: the reward has shape {tuple(rewards.shape[1:])}; return one value per "
@@ -220,7 +224,8 @@ class _Particles:
         self.evaluations += 1
         if self.evaluations % self.how.every:
             return None
-        self.weigh(self.rewards({name: p.x0 for name, p in predictions.items()}))
+        estimates = {name: p.x0 for name, p in predictions.items()}
+        self.weigh(self.rewards(estimates, self.how.reward))
         weights = self.log_weight.softmax(0)
         # a particle short of exactly K effective ones: equal weights need no resampling
         thin = 1.0 / weights.square().sum(0) < self.how.ess * self.how.particles * (1 - 1e-9)
@@ -239,7 +244,7 @@ class _Particles:
         """One particle per sample."""
         if self.how.particles == 1:
             return x
-        reward = self.rewards(x)
+        reward = self.rewards(x, self.how.choice or self.how.reward)
         if self.how.pick == "best":
             chosen = reward.argmax(0)
         else:

@@ -21,7 +21,7 @@ import molediff
 from molediff.cli import PROGRAM
 from molediff.design import Wish
 from molediff.design.judging import Judge, Known, ranked
-from molediff.design.plan import Plan, Steering
+from molediff.design.plan import SCORES, Plan, Steering
 from molediff.design.tries import fittest
 from molediff.design.wishes import as_overrides
 from molediff.files import write
@@ -204,23 +204,26 @@ def test_the_fittest_of_several_tries_stays(runs, solver):
     assert (many > one + 1e-4).any()
 
 
-def test_a_valid_molecule_is_fitter_than_any_other(runs):
-    model = molediff.load(runs / "gen")
-    domain = model.domain
-    molecules = [test_properties.embedded(s) for s in ("CCO", "COC", "CCO")]
+def states_of(domain, molecules):
+    """Molecules as a batch of finished states."""
     place = {z: k for k, z in enumerate(domain.elements)}
     free = np.full(2, np.nan, np.float32)
-    x = domain.collate(
+    return domain.collate(
         [
             Record(np.array([place[z] for z in m.atomic_numbers]), m.positions, m.charges, free)
             for m in molecules
         ]
-    )
-    x.state["positions"][2] *= 1.5  # in pieces
+    ).state
+
+
+def test_a_valid_molecule_is_fitter_than_any_other(runs):
+    domain = molediff.load(runs / "gen").domain
+    state = states_of(domain, [test_properties.embedded(s) for s in ("CCO", "COC", "CCO")])
+    state["positions"][2] *= 1.5  # in pieces
 
     def found(*values):
         energy = SquaredError(lambda x, *_: torch.tensor(values), 0.0)
-        return fittest(domain, [Term(energy, 2.0)], 0.0)(x.state)
+        return fittest(domain, [Term(energy, 2.0)], 0.0)(state)
 
     expected = torch.tensor([-18.0, -2.0, -1000.0]).double()
     torch.testing.assert_close(found(3.0, 1.0, 0.0), expected)
@@ -229,17 +232,31 @@ def test_a_valid_molecule_is_fitter_than_any_other(runs):
     assert broken.argmin() == 0
 
 
+@pytest.mark.parametrize("inner", [DDPM(), DDIM()])
+def test_energies_and_scores_choose_together(runs, inner):
+    model = molediff.load(runs / "gen")
+    plan = Plan(model, Wish({"mass": 9}, score="has:CO"), Steering(str(runs / "energy")))
+    steered = plan.solver(inner)
+    choice = steered.choice or steered.reward
+    state = states_of(model.domain, [test_properties.embedded(s) for s in ("CCO", "COC", "C1CC1")])
+    energies = fittest(model.domain, plan.choosing, 0.0)(state)
+    torch.testing.assert_close(
+        choice(state) - energies, SCORES * torch.tensor([1.0, 1.0, 0.0]).double()
+    )
+    assert energies.unique().numel() == 3
+
+
 def test_gradients_guide_where_the_energies_do_not_choose(runs):
     model, energies = molediff.load(runs / "gen"), str(runs / "energy")
 
-    def terms(score=None, **steering):
-        wish = Wish({"mass": 9}, composition="O=1", score=score)
+    def terms(**steering):
+        wish = Wish({"mass": 9}, composition="O=1", score="qed")
         plan = Plan(model, wish, Steering(energies, **steering))
         assert [t.scale for t in plan.choosing] == [1.0, 1.0]
         return [t.scale for t in plan.terms]
 
     assert terms() == [1.0]  # the composition
-    assert terms(condition=0.0) == terms(particles=1) == terms(score="qed") == [1.0, 1.0]
+    assert terms(condition=0.0) == terms(particles=1) == [1.0, 1.0]
     assert terms(strength=0.3) == [0.3, 1.0]
 
 

@@ -12,6 +12,7 @@ from molediff.geometric.domain import Molecules, Record
 from molediff.geometric.models import egnn, gdm, tensor_products, transformer
 from molediff.geometric.prepare import prepare
 from shared.schedules import Polynomial
+from shared.solvers import Heun, LogSNRTimes, PowerTimes
 
 SMILES = ["CCO", "CC(=O)N", "C1CCCC1", "c1ccccc1", "CC#N", "O", "NCC(=O)O", "CCN", "CO", "C=O"]
 
@@ -159,3 +160,14 @@ def test_files_metrics_and_views(domain, tmp_path):
     assert "<svg" in page
     assert 'src="http' not in page
     assert "No molecules" in domain.view([])
+
+
+@pytest.mark.parametrize(
+    ("solver", "grid"),
+    [("auto", PowerTimes), ("dpmpp_3m_sde", PowerTimes), ("heun", LogSNRTimes),
+     ("edm_stochastic", LogSNRTimes), ("dpm_solver_fast", LogSNRTimes), (Heun(), LogSNRTimes)],
+)  # fmt: skip
+def test_the_grid_suits_the_solver(solver, grid):
+    model = molediff.load("qm9")
+    assert isinstance(model.chosen(solver, "auto", 20)[1], grid)
+    assert isinstance(model.chosen(solver, "time_quadratic", 20)[1], PowerTimes)

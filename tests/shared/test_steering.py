@@ -94,6 +94,15 @@ def test_best_of_n_is_the_maximum_of_independent_tries() -> None:
     assert abs(float(got.mean()) - (MEAN + 1.4236 * math.sqrt(VAR))) < 4 * error + 0.02
 
 
+def test_the_best_particle_may_be_chosen_by_another_reward() -> None:
+    draw = normals(300)
+    start, options = {"x": draw("x", -1)}, {"particles": 8, "scale": 0.0, "pick": "best"}
+    solver = Steered(DDPM(), linear, choice=lambda x: -linear(x), **options)
+    got = solver.solve(PROCESS, prior(), start, times(300), draw)["x"][:, 0]
+    error = math.sqrt(VAR) * 0.6107 / math.sqrt(300)
+    assert abs(float(got.mean()) - (MEAN - 1.4236 * math.sqrt(VAR))) < 4 * error + 0.02
+
+
 @pytest.mark.parametrize("solver", [DDPM(), DPMSolverMultistep(eta=1.0)])
 def test_one_particle_changes_nothing(solver: PlanSolver) -> None:
     draw = normals(5)
@@ -234,5 +243,7 @@ def test_errors() -> None:
         solve(linear, potential="mean")
     with pytest.raises(ValueError, match="pick 'worst'"):
         solve(linear, pick="worst")
+    with pytest.raises(ValueError, match="choice needs pick='best'"):
+        solve(linear, choice=linear)
     with pytest.raises(ValueError, match="ess=2"):
         solve(linear, ess=2.0)
