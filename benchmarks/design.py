@@ -20,7 +20,7 @@ weights that the folder has already are kept, and several processes may fill one
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -55,6 +55,11 @@ PUBLISHED = {  # mean absolute errors: U, EEGSDE, L (Bao et al. 2023; meV as eV)
     "lumo": (1.457, 0.447, 0.036),
     "gap": (1.464, 0.487, 0.065),
 }
+DEFAULT = {"strength": 0.0, "condition": 2.0, "particles": 4, "calls": 100}
+SHORT = (
+    "property", "n", "MAE", "95 % interval", "closure %", "EEGSDE closure %", "xTB MAE",
+    "valid %", "molecules stable %", "novel %",
+)  # fmt: skip
 
 
 class Drawn(Molecules):
@@ -162,42 +167,45 @@ def order(r: Mapping[str, Any]) -> tuple[Any, ...]:
     return (len(names), PROPERTIES.index(names[0]), names, *setting)
 
 
-def table(rows: Sequence[dict[str, Any]], limits: dict[str, Bounds]) -> str:
-    columns = (
-        "property", "energy", "condition", "tries", "calls", "n", "MAE", "95 % interval", "U",
-        "#atoms", "L", "closure %", "EEGSDE closure %", "xTB MAE", "valid %",
-        "molecules stable %", "novel %",
-    )  # fmt: skip
-    lines = []
-    for r in rows:
-        for name in r["properties"]:
-            error, xtb = r["errors"][f"{name}_network"], r["errors"].get(f"{name}_xtb", {})
-            limit = limits.get(name)
-            u, ours, low = PUBLISHED[name]
-            told = "+".join(r["properties"])
-            lines.append(
-                (
-                    name if told == name else f"{name} ({told})",
-                    r["strength"],
-                    r["condition"],
-                    r["particles"],
-                    r["nfe"],
-                    r["n"],
-                    error["value"],
-                    f"{error['low']:.3g}-{error['high']:.3g}",
-                    *((limit.shuffled, limit.atoms, limit.oracle) if limit else ("", "", "")),
-                    round(100 * limit.closure(error["value"]), 1) if limit else "",
-                    round(100 * (u - ours) / (u - low), 1) if told == name else "",
-                    xtb.get("value"),
-                    *(
-                        round(100 * r["scores"][key]["value"], 1)
-                        if key in r["scores"] and r["scores"][key]["value"] is not None
-                        else ""
-                        for key in ("validity_valence", "molecule_stability", "novelty_valence")
-                    ),
-                )
-            )
-    return markdown(columns, lines)
+def line(r: Mapping[str, Any], name: str, limits: Mapping[str, Bounds]) -> dict[str, Any]:
+    """What the table says of one property of a row, by column."""
+    error, xtb = r["errors"][f"{name}_network"], r["errors"].get(f"{name}_xtb", {})
+    limit, told = limits.get(name), "+".join(r["properties"])
+    u, ours, low = PUBLISHED[name]
+
+    def percent(key: str) -> float | None:
+        value = r["scores"].get(key, {}).get("value")
+        return None if value is None else round(100 * value, 1)
+
+    return {
+        "property": name if told == name else f"{name} ({told})",
+        "energy": r["strength"], "condition": r["condition"], "tries": r["particles"],
+        "calls": r["nfe"], "n": r["n"], "MAE": error["value"],
+        "95 % interval": f"{error['low']:.3g}-{error['high']:.3g}",
+        "U": limit and limit.shuffled, "#atoms": limit and limit.atoms,
+        "L": limit and limit.oracle,
+        "closure %": limit and round(100 * limit.closure(error["value"]), 1),
+        "EEGSDE closure %": round(100 * (u - ours) / (u - low), 1) if told == name else None,
+        "xTB MAE": xtb.get("value"), "valid %": percent("validity_valence"),
+        "molecules stable %": percent("molecule_stability"), "novel %": percent("novelty_valence"),
+    }  # fmt: skip
+
+
+def table(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Bounds]) -> str:
+    """The default of ``molediff design`` in short, then every setting, folded away."""
+    usual = [r for r in rows if DEFAULT.items() <= r.items() and len(r["properties"]) == 1]
+    lines = [line(r, name, limits) for r in rows for name in r["properties"]]
+    every = _markdown(lines, lines[0] if lines else ())
+    if not usual:
+        return every
+    short = _markdown([line(r, r["properties"][0], limits) for r in usual], SHORT)
+    summary = f"<summary>All {len(rows)} settings</summary>"
+    return f"{short}\n<details>\n{summary}\n\n{every}\n</details>\n"
+
+
+def _markdown(lines: Sequence[Mapping[str, Any]], columns: Iterable[str]) -> str:
+    names = tuple(columns)
+    return markdown(names, [[found[name] for name in names] for found in lines])
 
 
 def main() -> None:
