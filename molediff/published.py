@@ -48,9 +48,11 @@ def convert_edm(
             charges and one-hot rows of 1/8, as published).
 
     Raises:
-        ValueError: a number of features that belongs to no published model, or properties
-            without data.
+        ValueError: a number of features that belongs to no published model, properties without
+            data, or a noise schedule that is not polynomial.
     """
+    from omegaconf import open_dict
+
     from molediff.geometric.convert import edm_options, edm_weights
     from shared import checkpoints
     from shared.configuration import build, option, plain
@@ -68,11 +70,13 @@ def convert_edm(
     elements, charges = SETS[features]
     options = edm_options(content)
     model = option("model", "egnn", width=options.width, layers=options.layers)
-    model.attention = options.attention
+    with open_dict(model):
+        for name in ("attention", "sublayers", "sin_embedding"):
+            model[name] = getattr(options, name)
     scale = 0.125 if properties else 0.25
     domain = option("domain", "molecules", charges=charges, scale=scale)
     domain.properties = list(properties)
-    schedule = option("schedule", "polynomial")
+    schedule = _edm_schedule(content, path)
     statistics = _edm_statistics(elements, plain(domain), sizes)
     built = build(domain)
     built.restore(statistics)
@@ -81,6 +85,32 @@ def convert_edm(
     config = {"domain": plain(domain), "model": plain(model), "schedule": plain(schedule)}
     checkpoints.save(out, denoiser, config=config, domain=statistics, step=0)
     return None if sizes else "give request.atoms=N when you sample, or convert with sizes=FOLDER"
+
+
+def _edm_schedule(content: Mapping[str, Any], path: Path) -> Any:
+    """The configuration of the checkpoint's noise schedule, that of EDM where it has none.
+
+    Raises:
+        ValueError: a learned schedule or another table than ``polynomial_2``.
+    """
+    import torch
+
+    from shared.configuration import build, option
+
+    found = {k.rpartition("gamma.")[2]: v for k, v in content.items() if "gamma." in k}
+    if not found:
+        return option("schedule", "polynomial")
+    table = found["gamma"].double() if found.keys() == {"gamma"} else torch.zeros(0)
+    if len(table) > 2:
+        precision = float(f"{table[0].sigmoid():.4g}")
+        schedule = option("schedule", "polynomial", precision=precision, steps=len(table) - 1)
+        ours = -2.0 * build(schedule).log_snr(torch.linspace(0, 1, len(table)).double())
+        if torch.allclose(ours, table, rtol=0, atol=1e-3):
+            return schedule
+    raise ValueError(
+        f"{path}: its noise schedule ({', '.join(found)}) is not the table of 'polynomial_2', "
+        "the only one that is converted."
+    )
 
 
 def _edm_statistics(

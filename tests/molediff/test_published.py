@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import test_properties
 import torch
 
 from molediff.cli import PROGRAM
+from molediff.geometric.egnn import EGNN, EGNNOptions
 from shared.cli import main
 from shared.models import load
+from shared.schedules import Polynomial
 
 folder = test_properties.folder
 
@@ -56,6 +60,65 @@ def test_a_conditional_edm_checkpoint_is_told_its_property(golden, folder, tmp_p
     eps = torch.cat([seen[name].eps for name in clean], -1)
     torch.testing.assert_close(eps, tensors["nll.net_out0"], rtol=1e-8, atol=1e-8)
     assert info["diffusion"]["norm_values"][:2] == [1, 8]
+
+
+EDM_NAMES = [
+    (r"readout\.", "embedding_out."),
+    (r"blocks\.(\d+)\.step\.edge\.first", r"e_block_\1.gcl_equiv.coord_mlp.0"),
+    (r"blocks\.(\d+)\.step\.edge\.second", r"e_block_\1.gcl_equiv.coord_mlp.2"),
+    (r"blocks\.(\d+)\.step\.length", r"e_block_\1.gcl_equiv.coord_mlp.4"),
+    (r"blocks\.(\d+)\.messages\.(\d+)", r"e_block_\1.gcl_\2"),
+    (r"edge\.first", "edge_mlp.0"),
+    (r"edge\.second", "edge_mlp.2"),
+    (r"attention", "att_mlp.0"),
+    (r"node\.", "node_mlp."),
+]
+
+
+def edm_file(path, network, **more):
+    """What EDM's program would save of such a network."""
+    state = {}
+    for key, value in network.state_dict().items():
+        for ours, theirs in EDM_NAMES:
+            key = re.sub(ours, theirs, key)
+        state[f"dynamics.egnn.{key}"] = value
+    torch.save(state | more, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "options", [{"sublayers": 2}, {"sin_embedding": True}, {"attention": False}]
+)
+def test_options_that_weights_show_are_read_off_them(tmp_path, options):
+    torch.manual_seed(0)
+    network = EGNN({"types": 5, "charges": 1}, options=EGNNOptions(width=16, layers=2, **options))
+    path = edm_file(tmp_path / "edm.npy", network)
+    assert main(PROGRAM, ["convert", str(path), f"out={tmp_path / 'edm'}"]) == 0
+    backbone = load(tmp_path / "edm").denoiser.backbone
+    inputs = {name: torch.randn(2, 4, w) for name, w in (("positions", 3), ("types", 5))}
+    inputs["charges"] = torch.randn(2, 4, 1)
+    code = torch.tensor([0.1, 0.7])
+    with torch.no_grad():
+        wanted, found = network(inputs, code), backbone(inputs, code)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_the_noise_schedule_is_that_of_the_checkpoint(tmp_path, capsys):
+    network = EGNN({"types": 5, "charges": 1}, options=EGNNOptions(width=8, layers=1))
+    for place, schedule in enumerate([Polynomial(), Polynomial(precision=1e-4, steps=500)]):
+        times = torch.linspace(0, 1, schedule.steps + 1).double()
+        table = {"gamma.gamma": -2.0 * schedule.log_snr(times).float()}
+        path = edm_file(tmp_path / "edm.npy", network, **table)
+        assert main(PROGRAM, ["convert", str(path), f"out={tmp_path / str(place)}"]) == 0
+        assert load(tmp_path / str(place)).denoiser.process.lead == schedule
+    cosine = {"gamma.gamma": torch.linspace(-11.5, 11.5, 1001)}
+    learned = {"gamma.l1.weight": torch.ones(1, 1), "gamma.gamma_0": torch.ones(1)}
+    for other in (cosine, learned):
+        path = edm_file(tmp_path / "edm.npy", network, **other)
+        assert main(PROGRAM, ["convert", str(path), f"out={tmp_path / 'no'}"]) == 2
+        assert "noise schedule" in capsys.readouterr().err
+        assert not (tmp_path / "no").exists()
 
 
 def test_foreign_files_are_refused(tmp_path, capsys):
