@@ -60,7 +60,7 @@ def write(path: str | Path, molecules: Iterable[Molecule]) -> int:
     """
     path = Path(path)
     form = _format(path)
-    pack: Callable[[bytes], bytes] = gzip.compress if path.suffix == ".gz" else bytes
+    pack: Callable[[bytes], bytes] = gzip.compress if _gzipped(path) else bytes
     _mend(path, form.end)
     encode = _row_encoder(path) if form.split is _split_csv else form.encode
     count = 0
@@ -81,13 +81,18 @@ def _format(path: Path) -> Format:
 
 
 def _open(path: Path) -> io.BufferedIOBase:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
+    return gzip.open(path) if _gzipped(path) else open(path, "rb")
+
+
+def _gzipped(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
 
 
 def _lines(path: Path) -> Iterator[str]:
     with _open(path) as handle:
         while line := handle.readline(MAX_LINE):
-            yield line.decode("utf-8", errors="replace").rstrip("\r\n").replace("\0", "\ufffd")
+            text = line.decode("utf-8", errors="replace").removeprefix("\ufeff")
+            yield text.rstrip("\r\n").replace("\0", "\ufffd")
 
 
 def _stream(path: Path, form: Format) -> Iterator[Molecule | Invalid]:
@@ -112,7 +117,7 @@ def _stream(path: Path, form: Format) -> Iterator[Molecule | Invalid]:
 
 def _mend(path: Path, end: str) -> None:
     """Cut an unfinished last record off a plain file."""
-    if not path.exists() or path.stat().st_size == 0 or path.suffix == ".gz":
+    if not path.exists() or path.stat().st_size == 0 or _gzipped(path):
         return
     mark, step, tail = end.encode(), 1 << 16, b""
     with open(path, "rb+") as file:
@@ -139,7 +144,7 @@ def _split_csv(lines: Iterator[str]) -> Iterator[Mapping[str, str] | str]:
     """Rows as a mapping with the keys ``smiles`` and ``name``; text is a row's defect."""
     header = next((line for line in lines if line.strip()), "")
     separator = "\t" if "\t" in header else ";" if ";" in header and "," not in header else ","
-    names = next(csv.reader([header.lstrip("\ufeff")], delimiter=separator), [])
+    names = next(csv.reader([header], delimiter=separator), [])
     columns = [_column(name) for name in names]
     rows = csv.reader((line + "\n" for line in lines), delimiter=separator)
     if "smiles" not in columns:

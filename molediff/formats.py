@@ -83,7 +83,8 @@ def _parse_sdf(block: list[str]) -> Molecule:
     if not _hydrogens_implied(mol):
         hydrogens = np.array([a.GetNumExplicitHs() for a in mol.GetAtoms()])
     positions, bonds, orders = molecule.positions, molecule.bonds, molecule.orders
-    flat = block[1][20:22].upper() == "2D" or positions is None
+    tagged = block[1][20:22].upper() == "2D"
+    flat = positions is None or (tagged and not positions[:, 2].any())
     if flat or (len(molecule) > 1 and not np.any(positions)):
         positions = None
     elif len(molecule) > 1 and not mol.GetNumBonds():
@@ -120,8 +121,8 @@ def _sdf_properties(lines: list[str]) -> dict[str, Any]:
     found: dict[str, list[str]] = {}
     current: list[str] | None = None
     for line in lines:
-        if line.startswith(">"):
-            name = re.search(r"<([^<]*)>", line)
+        name = re.search(r"<([^<]*)>", line)
+        if line.startswith(">") and (name or current is None):  # else a value such as >5
             current = found.setdefault(name[1] if name else line[1:].strip(), [])
         elif not line.strip():
             current = None
@@ -154,7 +155,7 @@ def one_line(text: str) -> str:
 
 # XYZ
 
-_PAIR = re.compile(r"""([A-Za-z_][\w.:/-]*)=("[^"]*"|'[^']*'|\{[^}]*\}|\S*)""")
+_PAIR = re.compile(r"""(?<!\S)(\w[\w.:/-]*)=("[^"]*"|'[^']*'|\{[^}]*\}|\S*)""")
 
 
 def _split_xyz(lines: Iterator[str]) -> Iterator[list[str]]:
@@ -193,8 +194,8 @@ def _parse_xyz(block: list[str]) -> Molecule:
     short = next((i for i, row in enumerate(rows) if len(row) <= width), None)
     if short is not None:
         raise ValueError(f"atom {short + 1}: {block[short + 2][:40]!r} lacks a column")
-    charges = [int(row[charge]) for row in rows] if charge is not None else np.zeros(n)
-    name = pairs.pop("name", "") if pairs else comment.strip()
+    charges = [number(row[charge]) for row in rows] if charge is not None else np.zeros(n)
+    name = pairs.pop("name", "") if _PAIR.search(comment) else comment.strip()
     ignored = ("lattice", "pbc", "origin")
     return Molecule(
         np.array([atomic_number(row[species]) for row in rows], dtype=np.int64),
@@ -283,8 +284,13 @@ def _parse_pdb(block: list[str]) -> Molecule:
 
 
 def _pdb_element(line: str) -> int:
-    """Columns 77-78, or the atom name, whose first two columns hold the element."""
-    return atomic_number(line[76:78].strip() or line[12:14].strip(" 0123456789"))
+    """Columns 77-78, where old files count lines, or the atom name: its first two columns hold the
+    element, but hydrogens with names of four characters (HG11) begin there, too."""
+    element, name = line[76:78].strip(), line[12:16].strip()
+    if not element or element.isdigit():
+        hydrogen = len(name) == 4 and name.lstrip("0123456789").startswith("H")
+        element = "H" if hydrogen else line[12:14].strip(" 0123456789")
+    return atomic_number(element)
 
 
 def _encode_pdb(molecule: Molecule) -> str:

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 from rdkit import Chem
-from rdkit.Chem import rdDistGeom
+from rdkit.Chem import rdDepictor, rdDistGeom
 
 from molediff.files import read, write
 from molediff.molecules import Molecule
@@ -120,6 +120,67 @@ def test_extended_xyz_columns_and_qm9_exponents(tmp_path):
     assert found.symbols == ["O", "H"]
     np.testing.assert_array_equal(found.positions[:, 2], [1.2e-5, 0.96])
     assert found.bonds is None
+
+
+@pytest.mark.parametrize(
+    ("comment", "name", "properties"),
+    [
+        ("Properties=species:S:1:pos:R:3", "", {}),
+        ("N#CC=O", "N#CC=O", {}),  # a SMILES, no property CC
+        ("2nd=1 e=-2", "", {"2nd": 1, "e": -2}),
+    ],
+)
+def test_comments_of_xyz_are_names_or_pairs(tmp_path, comment, name, properties):
+    (tmp_path / "a.xyz").write_text(f"1\n{comment}\nC 0 0 0\n")
+    (found,) = valid(tmp_path / "a.xyz")
+    assert (found.name, found.properties) == (name, properties)
+
+
+def test_an_ion_without_a_name_comes_back_without_one(tmp_path):
+    write(tmp_path / "a.xyz", [Molecule(np.array([11]), [[0, 0, 0]], [1])])
+    (found,) = valid(tmp_path / "a.xyz")
+    assert (found.name, found.charge) == ("", 1)
+    (tmp_path / "b.xyz").write_text(
+        "1\nProperties=species:S:1:pos:R:3:formal_charge:R:1\nNa 0 0 0 1.0\n"
+    )
+    assert valid(tmp_path / "b.xyz")[0].charge == 1
+
+
+def test_values_of_sdf_may_begin_with_a_bracket(tmp_path, molecules):
+    block = Chem.MolToMolBlock(molecules[0].to_rdkit())
+    (tmp_path / "a.sdf").write_text(block + "> <IC50>\n>5\n\n> <a>\n1\n> <b>\n2\n\n$$$$\n")
+    assert valid(tmp_path / "a.sdf")[0].properties == {"IC50": ">5", "a": 1, "b": 2}
+
+
+def test_heights_make_a_record_that_calls_itself_flat_solid(tmp_path, molecules):
+    block = Chem.MolToMolBlock(molecules[1].to_rdkit())
+    assert "3D" in block
+    (tmp_path / "a.sdf").write_text(block.replace("3D", "2D") + "$$$$\n")
+    positions = valid(tmp_path / "a.sdf")[0].positions
+    np.testing.assert_allclose(positions, molecules[1].positions, atol=1e-4)
+    flat = Chem.MolFromSmiles("CCO")
+    rdDepictor.Compute2DCoords(flat)
+    (tmp_path / "b.sdf").write_text(Chem.MolToMolBlock(flat) + "$$$$\n")
+    assert valid(tmp_path / "b.sdf")[0].positions is None
+
+
+def test_elements_of_old_pdb_files_come_from_atom_names(tmp_path):
+    names = ["HG11", " CA ", "HE21", "1HB ", "CL  ", "HG  ", " N  "]
+    lines = [
+        f"ATOM  {i:5d} {name} VAL A   1    {2.0 * i:8.3f}   0.000   0.000{' ':18}1CRN 17{i}"
+        for i, name in enumerate(names)
+    ]
+    (tmp_path / "a.pdb").write_text("\n".join([*lines, "END\n"]))
+    assert valid(tmp_path / "a.pdb")[0].symbols == ["H", "C", "H", "H", "Cl", "Hg", "N"]
+
+
+def test_byte_order_marks_and_capital_suffixes(tmp_path, molecules):
+    for name, text in (("a.xyz", "1\n\nC 0 0 0\n"), ("a.smi", "C\n"), ("a.csv", "smiles\nC\n")):
+        (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")
+        assert valid(tmp_path / name)[0].symbols == ["C"]
+    write(tmp_path / "A.SDF.GZ", molecules)
+    write(tmp_path / "A.SDF.GZ", molecules)
+    assert len(valid(tmp_path / "A.SDF.GZ")) == 6
 
 
 BAD = {
