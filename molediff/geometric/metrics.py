@@ -44,8 +44,9 @@ def evaluate(
     ``..._valence``         the same under the corrected rule
     ======================  =====================================================================
 
-    EDM's scores need positions and are left out when no molecule has any. The interval of
-    ``atom_stability`` is over molecules, because the atoms of one molecule are not independent.
+    EDM's scores need positions and are left out when molecules were read and none has any. The
+    interval of ``atom_stability`` is over molecules, because the atoms of one molecule are not
+    independent.
 
     Args:
         molecules: what was generated, failures included.
@@ -60,17 +61,20 @@ def evaluate(
         single_bonds: EDM's SMILES for GEOM-Drugs, where every bond counts as single.
 
     Raises:
+        TypeError: something else among the molecules.
         ValueError: an unknown extra, or one that lacks its reference.
         ModuleNotFoundError: an extra whose package is not installed.
     """
     items, known = list(molecules), list(reference or [])
+    for odd in (item for item in items if not isinstance(item, (Molecule, Invalid))):
+        raise TypeError(f"evaluate: {odd!r:.40} is no Molecule: read files with molediff.read")
     good = [m for m in items if isinstance(m, Molecule)]
     data = [m for m in known if isinstance(m, Molecule)]
     texts = [s for s in known if isinstance(s, str)]
     _check_extras(extras, bool(data or texts), bool(data))
     scores = {"read": proportion(len(good), len(items))}
     solid = [m for m in good if m.positions is not None]
-    if solid:
+    if solid or not good:
         verdicts = edm_verdicts(solid, single_bonds)
         seen = edm_verdicts([m for m in data if m.positions is not None], single_bonds).smiles
         keys = {*seen, *(_canonical(s, hydrogens=True) for s in texts)} if known else None

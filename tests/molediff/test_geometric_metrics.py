@@ -64,6 +64,15 @@ def test_nothing_and_only_failures():
     scores = evaluate([Invalid("a", "b")] * 3)
     assert (scores["validity_valence"].value, scores["validity_valence"].n) == (0.0, 3)
     assert math.isnan(scores["uniqueness_valence"].value)
+    assert (scores["molecule_stability"].value, scores["validity"].n) == (0.0, 3)
+    assert math.isnan(scores["atom_stability"].value)
+    assert evaluate([]).keys() == scores.keys()
+
+
+def test_what_is_no_molecule_is_no_failed_molecule(molecules):
+    for wrong in ("samples.sdf", [*molecules, molecules[0].to_rdkit()]):
+        with pytest.raises(TypeError, match=r"no Molecule: read files with molediff\.read"):
+            evaluate(wrong)
 
 
 @pytest.mark.golden
