@@ -18,12 +18,13 @@ def scan(config: DictConfig, program: Program, progress: Progress | None = None)
     from pointdiff.clouds import check
 
     scanner, chosen = build(config.scanner), config.view
-    if chosen not in (None, "all") and not isinstance(chosen, int):
+    if chosen not in (None, "all") and type(chosen) is not int:
         raise ConfigurationError(f"view={chosen}: give the number of a camera, all or null.")
     cloud = check(files.read_one(config.path, surface=config.surface), str(config.path))
     views = range(scanner.views) if chosen == "all" else [chosen]
     jobs = [(view, index) for view in views for index in range(config.n)]
-    out = Path(config.out or f"{Path(config.path).stem}_scan.ply")
+    out = _place(config, "scan.ply")
+    files.check_suffix(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     names = [out] if len(jobs) == 1 else _numbered(out, len(jobs))
     for name, (view, index) in zip(names, jobs, strict=True):
@@ -39,7 +40,7 @@ def views(config: DictConfig, program: Program, progress: Progress | None = None
     from pointdiff.data import load_shapes, save_views
 
     shapes = load_shapes(config.path)
-    out = Path(config.out or f"{Path(config.path).stem}_views.npz")
+    out = _place(config, "views.npz")
     out.parent.mkdir(parents=True, exist_ok=True)
     save_views(out, shapes, build(config.scanner), progress)
     return Outcome((f"views of {len(shapes):,} shapes: {out}; give domain.views={out}",), out)
@@ -52,6 +53,8 @@ def complete(config: DictConfig, program: Program, progress: Progress | None = N
     from shared import reports
     from shared.models import find_choice, find_device, guided
 
+    out = _place(config, "complete.ply")
+    files.check_suffix(out)
     scan = files.read_one(config.path)
     truth = None if config.truth is None else files.read_one(config.truth)
     completer = completion.load(config.run, config.checkpoint, config.refine)
@@ -71,7 +74,6 @@ def complete(config: DictConfig, program: Program, progress: Progress | None = N
         denoise=guided(config.guidance, denoiser, model.domain),
         device=config.device,
     )
-    out = Path(config.out or f"{Path(config.path).stem}_complete.ply")
     out.parent.mkdir(parents=True, exist_ok=True)
     names = [out] if len(clouds) == 1 else _numbered(out, len(clouds))
     for name, cloud in zip(names, clouds, strict=True):
@@ -90,9 +92,16 @@ def complete(config: DictConfig, program: Program, progress: Progress | None = N
         shown |= {} if truth is None else {"truth": truth}
         body = reports.Section("Clouds", views.gallery(shown))
         page = reports.page(f"Completion of {config.path}", {"seed": seed}, [body])
+        Path(config.report).parent.mkdir(parents=True, exist_ok=True)
         Path(config.report).write_text(page, encoding="utf-8")
         lines.append(f"report: {config.report}")
     return Outcome(lines, out)
+
+
+def _place(config: DictConfig, ending: str) -> Path:
+    """The file ``out``, or one named after the input: in the folder ``out``, or here."""
+    out = Path(config.out or ".")
+    return out / f"{Path(config.path).stem}_{ending}" if out.is_dir() else out
 
 
 def _numbered(path: Path, n: int) -> list[Path]:
@@ -114,17 +123,21 @@ PROGRAM = Program(
         "evaluate full reference=truth.npy",
     ),
     more={
-        "complete": Verb("complete a partial scan", "pointdiff.cli:complete", bare=True),
+        "complete": Verb(
+            "complete a partial scan", "pointdiff.cli:complete", bare=True, file=True
+        ),
         "views": Verb(
             "find what cameras see of the shapes of a data set, to train faster",
             "pointdiff.cli:views",
             bare=True,
+            file=True,
             examples=("shapes.npz out=views.npz",),
         ),
         "scan": Verb(
             "make partial views of a complete cloud or mesh",
             "pointdiff.cli:scan",
             bare=True,
+            file=True,
             examples=("chair.obj out=scan.ply view=3", "chair.ply view=all scanner.noise=0.005"),
         ),
     },

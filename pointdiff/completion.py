@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,14 @@ class Completer:
                 unknown setting.
             FloatingPointError: a completion diverged.
         """
+        samples = _whole("samples", samples)
         cloud = check(scan, "scan")
         given, knows = self.frame(cloud, frame) == "given", self._domain.frame
         place = Frame.of(cloud) if knows == "data" and not given else Frame()
         if knows == "both":
             settings["frame"] = "data" if given else "scan"
         factor = 1 if self.refiner is None else refinement.factor(self.refiner)
-        size = {} if points is None else {"points": -(-points // factor)}
+        size = {} if points is None else {"points": -(-_whole("points", points) // factor)}
         items = self.model.sample(
             samples, steps=steps, seed=seed, scan=place.enter(cloud), keep=keep, **size, **settings
         )
@@ -91,6 +93,12 @@ class Completer:
     def _domain(self) -> Completion:
         assert isinstance(self.model.domain, Completion)
         return self.model.domain
+
+
+def _whole(name: str, value: Any) -> int:
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name}={value!r}: give a whole number of at least 1.")
+    return int(value)
 
 
 def load(

@@ -187,9 +187,10 @@ def save_views(
         if progress is not None:
             progress(i + 1, len(shapes))
     start = np.cumsum([0, *(row.shape[1] for row in rows)])
-    np.savez_compressed(
-        path, visible=np.concatenate(rows, 1), start=start, scanner=_viewpoint(scanner)
-    )
+    with Path(path).open("wb") as file:
+        np.savez_compressed(
+            file, visible=np.concatenate(rows, 1), start=start, scanner=_viewpoint(scanner)
+        )
 
 
 def _viewpoint(scanner: Scanner) -> str:

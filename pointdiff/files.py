@@ -191,8 +191,10 @@ def sample_surface(triangles: np.ndarray, n: int, seed: int = 0) -> Cloud:
     """``n`` points uniform on the surface of ``triangles`` [faces, 3, 3]; same seed, same points.
 
     Raises:
-        ValueError: no surface, or corners that are not finite.
+        ValueError: no surface, corners that are not finite, or a number that is none.
     """
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"surface={n}: give a whole number of at least 1")
     if not len(triangles) or not np.isfinite(triangles).all():
         raise ValueError("a mesh without triangles, or with corners that are not finite")
     a, b, c = triangles[:, 0], triangles[:, 1], triangles[:, 2]
@@ -236,6 +238,7 @@ def write_one(path: str | Path, blocks: Cloud | Iterable[Cloud], ascii: bool = F
         ValueError: an unknown suffix.
     """
     path = Path(path)
+    check_suffix(path)
     parts = [blocks] if isinstance(blocks, np.ndarray) else blocks
     match path.suffix.lower():
         case ".ply":
@@ -245,11 +248,19 @@ def write_one(path: str | Path, blocks: Cloud | Iterable[Cloud], ascii: bool = F
             return pcd.write_points(path, parts, ascii)
         case ".xyz" | ".txt":
             return _write_text(path, parts)
-        case ".npy" | ".npz" | ".h5" | ".hdf5":
-            whole = np.concatenate([np.asarray(part, np.float32) for part in parts])
-            _write_array(path, whole)
-            return len(whole)
-    raise ValueError(f"{path}: clouds are written to .ply .pcd .xyz .npy .npz .h5 files.")
+    whole = np.concatenate([np.asarray(part, np.float32) for part in parts])
+    _write_array(path, whole)
+    return len(whole)
+
+
+def check_suffix(path: Path) -> None:
+    """Refuse a file that :func:`write_one` does not write.
+
+    Raises:
+        ValueError: says which suffixes it knows.
+    """
+    if path.suffix.lower() not in WRITTEN:
+        raise ValueError(f"{path}: clouds are written to {' '.join(WRITTEN)} files.")
 
 
 def _write_text(path: Path, blocks: Iterable[Cloud]) -> int:
@@ -271,6 +282,7 @@ def _write_array(path: Path, points: Cloud) -> None:
             file.create_dataset("points", data=points, compression="gzip")
 
 
+WRITTEN = (".ply", ".pcd", ".xyz", ".txt", ".npy", ".npz", ".h5", ".hdf5")
 SUFFIXES = (
     ".ply", ".pcd", ".xyz", ".txt", ".pts", ".npy", ".npz", ".h5", ".hdf5", *MESHES,
 )  # fmt: skip

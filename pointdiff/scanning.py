@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
+from numbers import Integral, Real
 
 import numpy as np
 from scipy.spatial import ConvexHull, QhullError, cKDTree
@@ -129,11 +130,12 @@ class Scanner:
     def __post_init__(self) -> None:
         if self.method not in HIDING:
             raise ValueError(f"scan.method={self.method!r}: choose {' or '.join(HIDING)}.")
-        if self.points < 1 or self.views < 1:
+        if not all(isinstance(n, Integral) and n >= 1 for n in (self.points, self.views)):
             raise ValueError("scan.points and scan.views: give whole numbers of at least 1.")
-        if not self.distance > 1 or not self.noise >= 0:
-            raise ValueError("scan: needs distance > 1 and noise >= 0.")
-        if not (0 <= self.occlusion < 1 and 0 <= self.crop < 1):
+        if not (_finite(self.distance, self.noise) and self.distance > 1 and self.noise >= 0):
+            raise ValueError("scan: needs finite distance > 1 and noise >= 0.")
+        shares = self.occlusion, self.crop
+        if not (_finite(*shares) and all(0 <= share < 1 for share in shares)):
             raise ValueError("scan.occlusion and scan.crop: give shares from 0 to below 1.")
 
     def visible(self, cloud: Cloud) -> np.ndarray:
@@ -186,6 +188,10 @@ class Scanner:
         aim, normal = generator.integers(len(seen)), generator.standard_normal(3)
         seen = _without(seen, sight @ sight[aim], self.occlusion)
         return _without(seen, seen @ normal, self.crop)
+
+
+def _finite(*values: object) -> bool:
+    return all(isinstance(value, Real) and np.isfinite(float(value)) for value in values)
 
 
 def _without(points: np.ndarray, score: np.ndarray, share: float) -> np.ndarray:

@@ -36,6 +36,7 @@ class Verb:
         action: 'module:function', imported when it is used; (configuration, program, progress)
             -> :class:`Outcome`.
         bare: whether a word that is not ``key=value`` is the ``path``.
+        file: whether ``out`` is a file, which is replaced if it is there, and not a folder.
         examples: what may follow it.
         words: 'module:function' that turns the words after the verb into ``key=value`` words, for
             a verb with a grammar of its own.
@@ -44,6 +45,7 @@ class Verb:
     help: str
     action: str
     bare: bool = False
+    file: bool = False
     examples: tuple[str, ...] = ()
     words: str | None = None
 
@@ -282,7 +284,7 @@ def overrides(
 def execute(program: Program, verb: str, config: DictConfig) -> int:
     """Run a verb with its progress bar and print what it has to say."""
     check_numbers(config)
-    check_out(config)
+    check_out(config, program.verbs[verb].file)
     with Bar(verb) as bar:
         outcome = program.verbs[verb](config, program, bar)
     print("\n".join(outcome.lines))
@@ -303,14 +305,16 @@ def check_numbers(config: DictConfig) -> None:
             raise ConfigurationError(f"{key}={value}: give a whole number of at least {least}.")
 
 
-def check_out(config: DictConfig) -> None:
-    """Refuse an ``out`` that cannot be a folder.
+def check_out(config: DictConfig, file: bool = False) -> None:
+    """Refuse an ``out`` that cannot be a folder, or whose folder cannot be one if it is a
+    ``file``.
 
     Raises:
         ConfigurationError: names the file in the way, or the folder that cannot be written.
     """
     out = Path(config.get("out") or ".").absolute()
-    place = next(path for path in (out, *out.parents) if path.exists())
+    folder = out.parent if file and out.is_file() else out
+    place = next(path for path in (folder, *folder.parents) if path.exists())
     if not place.is_dir():
         raise ConfigurationError(f"out={config.out}: {place} is a file; give a folder.")
     if config.get("out") and not os.access(place, os.W_OK | os.X_OK):

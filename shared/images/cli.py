@@ -46,6 +46,7 @@ PROGRAM = Program(
             "a PNG of how samples come about, or of given images in a grid",
             "shared.images.editing:picture",
             bare=True,
+            file=True,
             examples=("run=digits n=8 steps=10 out=trajectory.png", "samples out=grid.png"),
         ),
     },

@@ -38,9 +38,57 @@ def test_all_views_several_times(sphere):
     assert not np.array_equal(scans[0], scans[1])
 
 
+def test_a_file_that_is_there_is_replaced_and_a_folder_takes_the_file(sphere, monkeypatch):
+    monkeypatch.chdir(sphere.parent)
+    out = sphere.with_name("scan.ply")
+    for size in (50, 60):
+        assert run("scan", sphere, "-o", out, f"scanner.points={size}") == 0
+    assert len(read_one(out)) == 60
+    (sphere.parent / "scans").mkdir()
+    assert run("scan", sphere, "-o", sphere.parent / "scans") == 0
+    assert len(read_one(sphere.parent / "scans" / "sphere_scan.ply")) == 2048
+    assert run("scan", sphere, "view=1,2", "-m") == 0
+    made = sorted(sphere.parent.glob("multirun/scan/*/sphere_scan.ply"))
+    assert len(made) == 2
+    for view, path in enumerate(made, 1):
+        assert (read_one(path) @ cameras()[view]).min() > 0
+
+
+def test_completions_replace_their_file_and_the_folder_of_the_report_is_made(sphere):
+    out, page = sphere.with_name("full.ply"), sphere.parent / "new" / "page.html"
+    for seed in (0, 1):
+        words = (f"seed={seed}", "steps=2", "points=64", f"report={page}")
+        assert run("complete", sphere, "-o", out, *words) == 0
+    assert read_one(out).shape == (64, 3)
+    assert "completion 0" in page.read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (("out=full.stl",), "full.stl: clouds are written to"),
+        (("points=many",), "points='many': give a whole number"),
+        (("samples=1.5",), "samples=1.5: give a whole number"),
+        (("samples=0",), "samples=0: give a whole number"),
+    ],
+)
+def test_mistakes_in_completing_cost_no_time(sphere, words, message, capsys, monkeypatch):
+    def sample(*_, **__):
+        raise AssertionError("too late")
+
+    monkeypatch.setattr("shared.models.Model.sample", sample)
+    assert run("complete", sphere, *words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("view=true",), "give the number of a camera"),
+        (("scanner.points=few",), "give whole numbers"),
+        (("scanner.noise=loud",), "noise >= 0"),
+        (("scanner.distance=inf",), "finite distance > 1"),
+        (("scanner.crop=half",), "shares from 0"),
         (("view=99",), "there are views 0 to 25"),
         (("view=front",), "give the number of a camera"),
         (("scanner.method=sonar",), "choose hull or depth"),
@@ -54,6 +102,13 @@ def test_mistakes_are_one_line(sphere, words, message, capsys, monkeypatch, tmp_
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_views_are_where_they_are_said_to_be(sphere, capsys):
+    out = sphere.with_name("views.dat")
+    assert run("views", sphere, "-o", out, "scanner.views=2") == 0
+    assert out.exists()
+    assert f"domain.views={out}" in capsys.readouterr().out
 
 
 def test_scans_of_nothing_are_refused(tmp_path, capsys):
