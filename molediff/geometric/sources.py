@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,12 +165,25 @@ def _texts(paths: list[Path]) -> Iterator[tuple[str, str]]:
 
 
 def _tar_texts(path: Path) -> Iterator[tuple[str, str]]:
-    with tarfile.open(path, "r|*") as archive:
-        for member in archive:
-            if member.isfile() and member.name.endswith(".xyz"):
-                file = archive.extractfile(member)
-                content = file.read() if file is not None else b""
-                yield Path(member.name).name, content.decode(errors="replace")
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if member.isfile() and member.name.endswith(".xyz"):
+                    file = archive.extractfile(member)
+                    content = file.read() if file is not None else b""
+                    yield Path(member.name).name, content.decode(errors="replace")
+            _check_end(archive)
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """tarfile takes the first header that is cut short or makes no sense for the end."""
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    header = archive.fileobj.read(tarfile.BLOCKSIZE)
+    if header.strip(b"\0") or 0 < len(header) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"no file at byte {archive.offset}")
 
 
 def _qm9_texts(texts: Iterator[tuple[str, str]]) -> Iterator[Record]:
@@ -177,9 +191,11 @@ def _qm9_texts(texts: Iterator[tuple[str, str]]) -> Iterator[Record]:
         index = re.search(r"(\d{6})\.xyz$", name)
         gdb = int(index[1]) if index else 0
         try:
+            if not 1 <= gdb <= QM9_COUNT:
+                raise ValueError(f"the name holds no gdb index from 1 to {QM9_COUNT}")
             yield gdb, parse_qm9(text)
         except (ValueError, IndexError) as error:
-            yield gdb, Invalid(name, str(error))
+            yield min(gdb, QM9_COUNT), Invalid(name, str(error))
 
 
 def parse_qm9(text: str) -> Molecule:

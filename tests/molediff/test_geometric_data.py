@@ -269,6 +269,48 @@ def test_published_qm9_layouts(tmp_path, kind):
     np.testing.assert_array_equal(data.split, qm9_edm_split(ids)[[1, 2]])
 
 
+@pytest.mark.parametrize("share", [0.8, 0.951])
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2"])
+def test_half_an_archive_of_qm9_is_refused(tmp_path, mode, share):
+    list_of_ids(tmp_path / "uncharacterized.txt", range(100, 100 + 3054))
+    noise = np.random.default_rng(0).integers(33, 126, (40, 30_000), dtype=np.uint8)
+    with tarfile.open(tmp_path / "qm9.tar", mode) as archive:
+        for g, tail in enumerate(noise, start=1):
+            content = METHANE.encode() + tail.tobytes()
+            member = tarfile.TarInfo(f"dsgdb9nsd_{g:06d}.xyz")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    whole = (tmp_path / "qm9.tar").read_bytes()
+    (tmp_path / "qm9.tar").write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(ValueError, match=r"qm9\.tar is damaged"):
+        prepare(tmp_path / "qm9.tar", tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_archive_cut_inside_a_header_is_refused(tmp_path):
+    list_of_ids(tmp_path / "uncharacterized.txt", range(100, 100 + 3054))
+    with tarfile.open(tmp_path / "qm9.tar", "w") as archive:
+        for g in (1, 2):
+            member = tarfile.TarInfo(f"dsgdb9nsd_{g:06d}.xyz")
+            member.size = len(METHANE)
+            archive.addfile(member, io.BytesIO(METHANE.encode()))
+    first = 512 + -(-len(METHANE) // 512) * 512
+    whole = (tmp_path / "qm9.tar").read_bytes()
+    for part in (whole[: first + 100], whole[:first] + b"x" + whole[first + 1 :]):
+        (tmp_path / "qm9.tar").write_bytes(part)
+        with pytest.raises(ValueError, match="damaged"):
+            prepare(tmp_path / "qm9.tar", tmp_path / "data")
+
+
+def test_files_without_a_gdb_index_are_reported(tmp_path):
+    list_of_ids(tmp_path / "uncharacterized.txt", range(100, 100 + 3054))
+    for name in ("dsgdb9nsd_000001.xyz", "dsgdb9nsd_999999.xyz", "dsgdb9nsd_2.xyz"):
+        (tmp_path / name).write_text(METHANE)
+    data = prepare(tmp_path, tmp_path / "data")
+    assert data.record.tolist() == [1]
+    assert (data.info["excluded"], data.info["invalid"]["count"]) == (0, 2)
+
+
 def test_the_list_of_uncharacterized_molecules_must_be_whole(tmp_path):
     list_of_ids(tmp_path / "a.txt", range(1, 3054))
     with pytest.raises(ValueError, match="3053 rows|3054"):
