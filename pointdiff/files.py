@@ -6,6 +6,7 @@ A cloud that cannot be used becomes an ``Invalid`` with its place and the reason
 from __future__ import annotations
 
 import importlib
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def _stream(path: Path, surface: int, key: str | None, most: int) -> Iterator[Cl
             yield Invalid(str(path), f"{path}: no points.")
     except Exception as error:  # the readers of the formats raise a dozen types on damaged files
         text = " ".join(str(error).split())[:300] or type(error).__name__
-        yield Invalid(str(path), f"{path}: {text}")
+        yield Invalid(str(path), f"{path}: {text.removeprefix(f'{path}: ')}")
 
 
 def _clouds(path: Path, surface: int, key: str | None, most: int) -> Iterator[np.ndarray]:
@@ -141,8 +142,19 @@ def _npy(path: Path, key: str | None) -> Iterator[np.ndarray]:
             yield np.lib.format.read_array(file, allow_pickle=False)
 
 
+def load_arrays(path: str | Path) -> Any:
+    """The open archive of an .npz file.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or no such archive.
+    """
+    if Path(path).exists() and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: no .npz archive; write it with numpy.savez.")
+    return np.load(path, allow_pickle=False)
+
+
 def _npz(path: Path, key: str | None) -> Iterator[np.ndarray]:
-    with np.load(path, allow_pickle=False) as arrays:
+    with load_arrays(path) as arrays:
         array = arrays[_choose(key, list(arrays))]
         if array.dtype.kind in "iu" and "scale" in arrays:
             array = array * np.float32(arrays["scale"])
@@ -152,7 +164,10 @@ def _npz(path: Path, key: str | None) -> Iterator[np.ndarray]:
 def _h5(path: Path, key: str | None) -> Iterator[Any]:
     h5py = need("h5py", f"{path.name}: HDF5 files need")
     with h5py.File(path, "r") as file:
-        yield file[_choose(key, list(file))]
+        found = _choose(key, list(file))
+        if not isinstance(file[found], h5py.Dataset):
+            raise ValueError(f"{found} is no array, but a group")
+        yield file[found]
 
 
 def _choose(key: str | None, there: list[str]) -> str:

@@ -37,6 +37,8 @@ def unhidden(points: Cloud, camera: np.ndarray, radius: float = 1.5) -> np.ndarr
     flipped to the outside of a sphere of 10^``radius`` times the largest distance; those on the
     convex hull of the result and the camera are visible. Larger radius: more is seen.
     """
+    if len(points) < 3:  # no body
+        return np.arange(len(points))
     ray = np.asarray(points, np.float64) - camera
     length = np.linalg.norm(ray, axis=1, keepdims=True).clip(min=1e-12)
     flipped = ray + 2 * (length.max() * 10**radius - length) * ray / length
@@ -157,7 +159,7 @@ class Scanner:
     ) -> Cloud:
         """Scan ``index`` of ``seed`` of a complete ``cloud`` [n, 3], in its coordinates:
         float32 [points, 3]; ``view`` chooses the camera, ``visible`` is the result of
-        :meth:`visible` where it is known.
+        :meth:`visible` where it is known (views without a point are found anew).
 
         Raises:
             ValueError: no such view.
@@ -170,11 +172,11 @@ class Scanner:
         camera = self.distance * cameras(self.views)[view]
         frame = Frame.of(cloud)
         points = frame.enter(cloud).astype(np.float64)
-        if visible is None:
-            seen = points[HIDING[self.method](points, camera)]
-        else:
-            seen = points[np.unpackbits(visible[view], count=len(points)).astype(bool)]
-        seen = self._obstructed(seen, camera, generator)
+        if visible is not None and visible[view].any():
+            rows = np.flatnonzero(np.unpackbits(visible[view], count=len(points)))
+        else:  # every camera sees something: a view without a point was not found before
+            rows = HIDING[self.method](points, camera)
+        seen = self._obstructed(points[rows], camera, generator)
         seen = resample(seen, self.points, generator)
         sight = seen - camera
         sight /= np.linalg.norm(sight, axis=1, keepdims=True)

@@ -91,6 +91,17 @@ def test_meshes_are_sampled_on_their_surface(tmp_path, suffix):
     assert np.abs(octants - 500).max() < 5 * np.sqrt(500)
 
 
+def test_what_is_no_array_is_said_so(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_group("data")
+    np.save(tmp_path / "b.npy", np.zeros((5, 3)))
+    (tmp_path / "b.npy").rename(tmp_path / "b.npz")
+    for name, message in (("a.h5", "data is no array"), ("b.npz", "no .npz archive")):
+        with pytest.raises(ValueError, match=message):
+            read_one(tmp_path / name)
+
+
 def test_large_faces_get_more_points():
     triangles = np.array([[[0, 0, 0], [1, 0, 0], [0, 1, 0]], [[5, 0, 0], [8, 0, 0], [5, 3, 0.0]]])
     points = sample_surface(triangles, 10_000)
@@ -122,7 +133,7 @@ PROPERTIES = b"property float x\nproperty float y\nproperty float z\nend_header\
         ("a.xyz", b"", "no points"),
         ("a.xyz", b"a b c\n", "could not convert"),
         ("a.npy", b"no array", "magic string"),
-        ("a.npz", b"no zip", "pickle|zip"),
+        ("a.npz", b"no zip", "no .npz archive"),
         ("a.off", b"OFF\n0 0 0\n", "a.off"),
     ],
 )

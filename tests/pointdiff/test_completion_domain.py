@@ -191,6 +191,36 @@ def test_views_that_were_found_before_change_nothing(own, file, tmp_path):
         load_shapes(file).take_views(file, other)
 
 
+def test_views_that_are_not_there_are_found_and_those_of_other_shapes_refused(own, file, tmp_path):
+    path = tmp_path / "views.npz"
+    save_views(path, own.shapes, own.scan)
+    arrays = dict(np.load(path))
+    np.savez(path, **{**arrays, "visible": np.zeros_like(arrays["visible"])})
+    options = {"points": 64, "scan": own.scan, "validation": 0.2, "views": str(path)}
+    empty = Completion(str(file), **options)
+    for index in range(3):
+        np.testing.assert_array_equal(own.test[index].partial, empty.test[index].partial)
+    turned = {**np.load(file), "points": np.load(file)["points"][::-1]}
+    np.savez(tmp_path / "turned.npz", **turned)
+    with pytest.raises(ValueError, match="made of other shapes"):
+        Completion(str(tmp_path / "turned.npz"), **options).shapes  # noqa: B018
+    np.savez(path, **{**arrays, "visible": arrays["visible"][:5]})
+    with pytest.raises(ValueError, match="made of other shapes"):
+        Completion(str(file), **options).shapes  # noqa: B018
+    path.write_text("views")
+    with pytest.raises(ValueError, match=r"views.npz: no .npz archive"):
+        Completion(str(file), **options).shapes  # noqa: B018
+
+
+def test_shapes_that_are_not_finite_are_named(file, tmp_path):
+    points = np.load(file)["points"].astype(np.float32)
+    points[3, 7, 1] = np.nan
+    for broken, message in ((points, "shape 3 is not finite"), (points[:0], "no shapes")):
+        np.savez(tmp_path / "broken.npz", points=broken)
+        with pytest.raises(ValueError, match=message):
+            load_shapes(tmp_path / "broken.npz")
+
+
 def test_constants_travel(domain):
     fresh = Completion()
     fresh.restore(domain.statistics())

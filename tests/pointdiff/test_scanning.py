@@ -71,6 +71,8 @@ def test_few_points_are_repeated_and_flat_clouds_scanned():
     scan = Scanner(points=64)(flat, 0, 0)
     assert scan.shape == (64, 3)
     assert 1 < len(np.unique(scan, axis=0)) <= 30
+    for n in (1, 2, 3):
+        assert Scanner(points=8)(flat[:n], 0, 0).shape == (8, 3)
 
 
 @pytest.mark.parametrize(
