@@ -244,7 +244,7 @@ def distill(config: DictConfig, program: Program, progress: Progress | None = No
         raise ConfigurationError(f"out={folder} exists already; choose another folder.")
     denoiser = model.denoiser.to(find_device(config.device))
     grid = find_choice(config.grid, model.domain, model.checkpoint)
-    records = model.domain.datasets()[0]
+    records = model.records()
     student = distilled(
         denoiser,
         Batches(model.domain, denoiser.process, records, config.batch, config.seed),

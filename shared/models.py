@@ -110,6 +110,18 @@ class Model(Generic[Item]):
         )
         return method, times, found["steps"]
 
+    def records(self) -> Any:
+        """Its training records.
+
+        Raises:
+            ValueError, FileNotFoundError: there are none; names the key ``data`` of the verbs that
+                load a model with other data.
+        """
+        try:
+            return self.domain.datasets()[0]
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(str(error).replace("domain.data", "data")) from error
+
     def prepared(
         self, solver: Solver, device: torch.device | str = "cpu"
     ) -> Denoiser | VarianceHead:

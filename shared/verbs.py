@@ -186,7 +186,7 @@ def variance(config: DictConfig, program: Program, progress: Progress | None = N
         return _head(config, model, device, progress)
     grid = find_choice(config.grid, model.domain, model.checkpoint)
     times = [t for t in grid(process.lead, config.steps) if float(process.lead.sigma(t)) > 0.0]
-    records = model.domain.datasets()[0]
+    records = model.records()
     size = min(config.batch, config.n)
     batches = Batches(model.domain, process, records, size, config.seed)
 
@@ -209,7 +209,7 @@ def _head(
 ) -> Outcome:
     """Train a variance head."""
     head = new_head(model.denoiser.to(device), model.domain, config.kind, config.seed)
-    records = model.domain.datasets()[0]
+    records = model.records()
     batches = Batches(model.domain, head.process, records, config.batch, config.seed)
     losses = train_head(head, batches, config.updates, config.lr, progress)
     folder = Path(config.out or model.checkpoint.path)

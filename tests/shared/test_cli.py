@@ -253,6 +253,13 @@ def test_sampling_mistakes(command, digits, tmp_path, change, message):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("verb", ["distill", "variance"])
+def test_missing_data_are_named_as_the_verb_takes_them(command, tmp_path, verb):
+    status, _, err = command(verb, "run=qm9", f"out={tmp_path / 'out'}", program=MOLEDIFF)
+    assert status == 2
+    assert err.startswith("molediff: data is not set: give a folder")
+
+
 def test_a_mistake_does_not_occupy_the_folder(command, toys, tmp_path):
     asked = ["sample", f"run={toys}", "n=2", "steps=4", f"out={tmp_path / 'out'}"]
     assert command(*asked, "solver=ddim", "solver.eta=3")[0] == 2
