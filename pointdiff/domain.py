@@ -161,9 +161,8 @@ class Completion(Domain[Cloud]):
             "fresh": fresh,
             "frame": frame or self.frame,
         }
-        if self.data is not None and published.find(self.data, "train") is not None:
-            recorded = published.find(self.data, part) or published.find(self.data, "test")
-            assert recorded is not None
+        recorded = None if self.data is None else published.find_or_other(self.data, part)
+        if recorded is not None:
             return RecordedPairs(recorded, self.points, self.scan, **others)
         rows = self.shapes.rows(part, self.validation)
         return Pairs(self.shapes, rows, self.points, self.scan, **others)

@@ -124,6 +124,24 @@ def find(folder: str | Path, part: str) -> Recorded | None:
     return None
 
 
+OTHERS: dict[str, tuple[str, ...]] = {"train": (), "valid": ("test",), "test": ("valid",)}
+"""What takes the place of a part that a data set does not have."""
+
+
+def find_or_other(folder: str | Path, part: str) -> Recorded | None:
+    """As :func:`find`; without a validation or test part the other of them.
+
+    Raises:
+        ValueError: the data set has neither.
+    """
+    found = (find(folder, name) for name in (part, *OTHERS[part]))
+    made = next((one for one in found if one is not None), None)
+    if made is None and any(find(folder, name) is not None for name in PARTS):
+        wanted = " or ".join((part, *OTHERS[part]))
+        raise ValueError(f"{folder}: no scans of the part {wanted} with their complete clouds.")
+    return made
+
+
 def _mvp(root: Path, part: str) -> Mvp | None:
     whole = root / f"MVP_{part.capitalize()}_CP.h5"
     if whole.exists():
@@ -147,6 +165,8 @@ def _gt(part: str, points: int) -> str:
 
 
 def _completion3d(root: Path) -> list[tuple[Path, Path]]:
+    if not (root / "gt").is_dir():  # the truth of the test scans is not published
+        return []
     scans = sorted((root / "partial").glob("*/*.h5"))
     return [(_there(root / "gt" / p.parent.name / p.name, p), p) for p in scans]
 

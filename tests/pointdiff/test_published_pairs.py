@@ -91,6 +91,25 @@ def test_completion3d(tmp_path):
         domain(tmp_path).datasets()
 
 
+def test_a_part_that_is_missing_is_taken_from_the_other_or_named(tmp_path):
+    for part in ("train", "val"):
+        for kind in ("partial", "gt"):
+            write_h5(tmp_path / "a" / part / kind / "02691156" / "a.h5", cloud())
+    assert len(domain(tmp_path / "a").test) == 1
+    write_h5(tmp_path / "a" / "test" / "partial" / "all" / "b.h5", cloud())  # as published
+    write_h5(tmp_path / "a" / "test" / "partial" / "all" / "c.h5", cloud())
+    assert len(domain(tmp_path / "a").test) == 1
+    (tmp_path / "b").mkdir()
+    with h5py.File(tmp_path / "b" / "MVP_Train_CP.h5", "w") as file:
+        file["incomplete_pcds"], file["complete_pcds"] = RNG.random((26, 9, 3)), [cloud(9)]
+    with pytest.raises(ValueError, match="b: no scans of the part valid or test"):
+        domain(tmp_path / "b").datasets()
+    (tmp_path / "b" / "MVP_Train_CP.h5").rename(tmp_path / "b" / "MVP_Test_CP.h5")
+    assert len(domain(tmp_path / "b").test) == 26
+    with pytest.raises(ValueError, match="no scans of the part train"):
+        domain(tmp_path / "b").datasets()
+
+
 def test_pcn(tmp_path):
     scans, truth = [cloud(), cloud()], cloud()
     for part in ("train", "test"):
