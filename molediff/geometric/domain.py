@@ -9,6 +9,7 @@ from __future__ import annotations
 import lzma
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -46,13 +47,22 @@ class Record(NamedTuple):
 
 class Records(Dataset[Record]):
     """The molecules of a prepared data set as model input; ``lengths`` are their sizes,
-    ``context`` [m, k] their standardised properties."""
+    ``context`` [m, k] their standardised properties.
+
+    Raises:
+        ValueError: the data hold an element that is not in the list.
+    """
 
     def __init__(
         self, data: MoleculeData, elements: Sequence[int], context: np.ndarray | None = None
     ) -> None:
         self.data, self.lengths = data, data.sizes
         self.context = np.empty((len(data), 0), np.float32) if context is None else context
+        if unknown := [SYMBOLS[z] for z in data.elements if z not in elements]:
+            raise ValueError(
+                f"domain.data={data.path} holds {', '.join(unknown)}; the model knows "
+                f"{', '.join(SYMBOLS[z] for z in elements)}."
+            )
         self._place = np.full(119, -1)
         self._place[list(elements)] = np.arange(len(elements))
 
@@ -237,6 +247,12 @@ class Molecules(Domain[Molecule]):
                 f"{', '.join(known) or 'no properties'}."
             )
         found = [known[name] for name in self.properties]
+        for name, row in zip(self.properties, found, strict=True):
+            if not row.get("mad"):
+                raise ValueError(
+                    f"domain.properties: {name} has no two different values among the training "
+                    "molecules; leave it out."
+                )
         return np.array([p["mean"] for p in found]), np.array([p["mad"] for p in found])
 
     def collate(self, records: Sequence[Record]) -> Batch:
@@ -304,8 +320,8 @@ class Molecules(Domain[Molecule]):
     def _sizes(
         self, seed: int, indices: Sequence[int], atoms: Any, context: np.ndarray
     ) -> list[int]:
-        if isinstance(atoms, int) and atoms >= 1:
-            return [atoms] * len(indices)
+        if isinstance(atoms, Integral) and atoms >= 1:
+            return [int(atoms)] * len(indices)
         counts = {int(n): float(count) for n, count in self.statistics()["sizes"].items()}
         if not counts:
             raise ValueError("this model does not know the sizes of its data: give request.atoms.")

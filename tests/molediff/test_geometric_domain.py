@@ -77,12 +77,30 @@ def test_the_size_of_a_sample_does_not_depend_on_its_batch(domain):
     asked = domain.template(5, [0, 1], atoms=7)
     assert asked.state["positions"].shape == (2, 7, 3)
     assert asked.mask is None
+    assert domain.template(5, [0], atoms=np.int64(7)).state["positions"].shape == (1, 7, 3)
 
 
 @pytest.mark.parametrize("request_", [{"atoms": 0}, {"atoms": "many"}, {"atom": 5}])
 def test_impossible_requests_are_refused(domain, request_):
     with pytest.raises(ValueError, match="atom"):
         domain.template(0, [0], **request_)
+
+
+def test_data_with_other_elements_do_not_suit_a_model(domain, folder):
+    other = Molecules(str(folder))
+    other.restore(domain.statistics() | {"elements": ["H", "C", "O"]})
+    with pytest.raises(ValueError, match="holds N; the model knows H, C, O"):
+        other.datasets()
+
+
+def test_a_property_that_never_differs_is_refused(tmp_path):
+    molecules = [embedded(s).replace(properties={"one": 1.0}) for s in SMILES[:4]]
+    some = [embedded("CO").replace(properties={"rare": 2.0}), *molecules]
+    molediff.write(tmp_path / "mine.sdf", some)
+    prepare(tmp_path / "mine.sdf", tmp_path / "data", fractions=(0.8, 0.2, 0.0))
+    for name in ("one", "rare"):
+        with pytest.raises(ValueError, match=f"{name} has no two different values"):
+            Molecules(str(tmp_path / "data"), properties=[name]).datasets()
 
 
 def test_a_model_without_data_says_what_to_do():
