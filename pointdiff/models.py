@@ -60,10 +60,16 @@ class CompletionBackbone(nn.Module):
             self._kept = None
             return self.network.condition(partial)
         # weights that were loaded, averaged or moved since then have another version or place
-        state = (key._version, *(v for p in self.parameters() for v in (p._version, p.data_ptr())))
+        places = (p.data_ptr() for p in self.parameters())
+        state = (*places, *map(_version, (key, *self.parameters())))
         if self._kept is None or self._kept[0] is not key or self._kept[1] != state:
             self._kept = key, state, self.network.condition(partial)
         return self._kept[2]
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was changed in place; tensors of inference mode do not count that."""
+    return -1 if tensor.is_inference() else int(tensor._version)
 
 
 def pdr(

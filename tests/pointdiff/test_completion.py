@@ -53,6 +53,9 @@ def test_completions_are_in_the_coordinates_of_the_scan(made):
     again = completer.complete(scan * 2 - 30, 1, steps=3, seed=1)[0]
     np.testing.assert_allclose(again, first * 2 - 30, rtol=1e-3)
     assert completer.complete(scan, points=40, steps=2, seed=1)[0].shape == (40, 3)
+    with torch.inference_mode():
+        inside = completer.complete(scan, 1, steps=3, seed=1)[0]
+    np.testing.assert_allclose(inside, first, rtol=1e-5)
     unit = (scan - 100) / 5
     given = completer.complete(unit, steps=3, seed=1, frame="given")[0]
     assert np.abs(given).mean() < 5
