@@ -284,6 +284,7 @@ def overrides(
 def execute(program: Program, verb: str, config: DictConfig) -> int:
     """Run a verb with its progress bar and print what it has to say."""
     check_numbers(config)
+    check_switches(config_name(verb), config)
     check_out(config, program.verbs[verb].file)
     with Bar(verb) as bar:
         outcome = program.verbs[verb](config, program, bar)
@@ -297,12 +298,25 @@ def check_numbers(config: DictConfig) -> None:
     Raises:
         ConfigurationError: names the key and the value.
     """
-    for key, least in (("n", 1), ("steps", 1), ("batch", 1), ("seed", 0)):
+    counts = {"n": 1, "steps": 1, "batch": 1, "seed": 0, "baseline": 0, "first": 1, "updates": 1}
+    for key, least in counts.items():
         value = config.get(key)
         if value is None and (key in ("seed", "steps") or key not in config):
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigurationError(f"{key}={value}: give a whole number of at least {least}.")
+
+
+def check_switches(name: str, config: DictConfig) -> None:
+    """Refuse what is neither true nor false in keys that are one of them in ``configs/NAME.yaml``;
+    to Python the text 'no' is true.
+
+    Raises:
+        ConfigurationError: names the key and the value.
+    """
+    for key, usual in configuration.own_settings(name).items():
+        if isinstance(usual, bool) and not isinstance(config[key], bool):
+            raise ConfigurationError(f"{key}={config[key]}: give true or false.")
 
 
 def check_out(config: DictConfig, file: bool = False) -> None:

@@ -140,6 +140,11 @@ def defaults(verb: str) -> dict[str, str | None]:
     return {str(group): value for entry in chosen for group, value in entry.items()}
 
 
+def own_settings(verb: str) -> dict[str, Any]:
+    """The keys of a verb's own file and their defaults."""
+    return plain(OmegaConf.load(folder() / f"{verb}.yaml"))
+
+
 def known_keys(verb: str) -> set[str]:
     """Keys and groups of a verb's own file."""
     files = (OmegaConf.load(folder() / f"{name}.yaml") for name in (verb, "config"))

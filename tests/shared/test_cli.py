@@ -221,6 +221,7 @@ def test_sweeps_run_every_combination(command, toys, tmp_path):
         (["sample"], "'run' is missing"),
         (["sample", "run=x", "n=0"], "n=0: give a whole number"),
         (["sample", "run=x", "seed=-3"], "seed=-3"),
+        (["distill", "run=x", "updates=0"], "updates=0: give a whole number of at least 1"),
         (["train", "experiment=digit"], "did you mean 'digits'?"),
         (["train", "experiment=toys", "trainer.max_step=3"], "did you mean 'trainer.max_steps'?"),
         (["evaluate", "absent.npz"], "absent.npz"),
