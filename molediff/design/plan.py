@@ -69,7 +69,9 @@ class Steering:
     def __post_init__(self) -> None:
         for name in ("strength", "condition", "pull"):
             given = getattr(self, name)
-            if given is not None and not (math.isfinite(given) and given >= 0):
+            if given is not None and not (
+                isinstance(given, int | float) and math.isfinite(given) and given >= 0
+            ):
                 raise ConfigurationError(f"{name}={given}: give a number of at least 0.")
         if self.particles is not None and not (
             isinstance(self.particles, int) and self.particles >= 1

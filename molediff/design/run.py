@@ -211,9 +211,11 @@ def _judge(plan: Plan, oracle: str | None, xtb: bool | str) -> Judge:
 
 def _steps(given: int | None, plan: Plan) -> int:
     """Tries share the calls; resampling around a scaffold passes every time several times."""
+    if given is not None:
+        return given
     if plan.wish.scaffold is not None:
-        return given or 4 * STEPS * plan.tries
-    return given or max(STEPS, plan.tries * STEPS // 2)
+        return 4 * STEPS * plan.tries
+    return max(STEPS, plan.tries * STEPS // 2)
 
 
 def _best_facts(designs: list[Design]) -> dict[str, Any]:
@@ -318,7 +320,7 @@ def _unguided(
     if not count:
         return []
     free = Plan(model, Wish(), Steering(energies=None, particles=1))
-    plain_settings = {**settings, "n": count, "wish": Wish().plain(), "steering": {}}
+    plain_settings = {**settings, "n": count, "wish": Wish().plain(), "steering": {}, "tries": 1}
     sink = Folder(out, free.domain, plain_settings, "molecules")
     judged = Judged(sink, judge)
     made = sampled(free, Sampling(**{**vars(how), "n": count}), judged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,7 +21,7 @@ from molediff.targets import (
     is_inequality,
 )
 from shared import configuration
-from shared.configuration import ConfigurationError
+from shared.configuration import ConfigurationError, nearest
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,12 @@ class Wish:
         Raises:
             ConfigurationError: one that cannot be read, in a line.
         """
+        for name in self.targets:
+            hint = nearest(name, configuration.known_keys("design"))
+            if hint and not nearest(name.lower(), map(str.lower, known)):
+                raise ConfigurationError(
+                    f"unknown property '{name}'{hint} The model knows: {', '.join(known)}."
+                )
         return [Target.parse(text, known) for text in as_texts(self.targets)]
 
     @cached_property
@@ -95,19 +102,20 @@ def _aim(text: str, scorer: Scorer, sign: str, rest: str) -> Target:
     name, unit = scorer.name, scorer.unit
     if sign == "=" and rest in ("max", "min"):
         return Extreme(name, unit, rest == "max")
-    low, dots, high = rest.partition("..")
     try:
-        if sign == "=" and dots:
-            return Range(name, unit, float(low), float(high))
-        value = float(rest)
+        ends = [float(end) for end in (rest.split("..", 1) if sign == "=" else [rest])]
     except ValueError:
+        ends = [math.nan]
+    if not all(map(math.isfinite, ends)):
         raise ConfigurationError(
             f"score '{text}': '{rest}' is not a number: write {name}>0.5, {name}=0.4..0.6 or "
             f"{name}=max."
-        ) from None
+        )
+    if ends[0] > ends[-1]:
+        raise ConfigurationError(f"score '{text}' is an empty range: write the smaller end first.")
     if sign == "=":
-        return Value(name, unit, value)
-    return Range(name, unit, low=value) if ">" in sign else Range(name, unit, high=value)
+        return Range(name, unit, *ends) if len(ends) == 2 else Value(name, unit, *ends)
+    return Range(name, unit, low=ends[0]) if ">" in sign else Range(name, unit, high=ends[0])
 
 
 # -- the command line -------------------------------------------------------------------------

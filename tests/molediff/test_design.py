@@ -116,6 +116,12 @@ def test_wishes_are_read_as_they_were_meant():
         (["mass=9", "strength=0", "condition=0"], "nothing steers"),
         (["mass=9", "atoms=200..300"], "atoms"),
         (["mass=9", "strength=-1"], "strength"),
+        (["mass=9", "strength=much"], "strength=much: give a number"),
+        (["mass=9", "baseline=-1"], "baseline=-1: give a whole number"),
+        (["mass=9", "force=no"], "force=no: give true or false"),
+        (["mass=9", "stpes=3"], "unknown property 'stpes'; did you mean 'steps'?"),
+        (["mass=9", "score=qed>nan"], "'nan' is not a number"),
+        (["mass=9", "score=qed=0.6..0.4"], "empty range"),
         (["mass>"], "mass"),
     ],
 )
@@ -380,6 +386,10 @@ def test_a_run_writes_everything_and_again_adds_only_what_is_missing(runs, tmp_p
     assert sorted(int(row["index"]) for row in rows) == list(range(5))
     page = (whole / "report.html").read_text()
     assert "unguided" in page
+    tries = [
+        json.loads((p / "settings.json").read_text())["tries"] for p in (whole, whole / "baseline")
+    ]
+    assert tries == [4, 1]
     assert "mass = 9" in page
     assert cli.main(PROGRAM, words(runs, whole, "mass=12", "n=5")) == 2  # another wish
 
@@ -425,3 +435,5 @@ def test_python_gives_ranked_molecules_that_can_be_written(runs, tmp_path):
         np.testing.assert_allclose(a.molecule.positions, b.molecule.positions, atol=1e-4)
     with pytest.raises(ConfigurationError, match="colour"):
         model.design(colour=3)
+    with pytest.raises(ValueError, match="steps=0"):
+        model.design(mass=9, steps=0)
