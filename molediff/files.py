@@ -144,7 +144,11 @@ def _split_csv(lines: Iterator[str]) -> Iterator[Mapping[str, str] | str]:
     """Rows as a mapping with the keys ``smiles`` and ``name``; text is a row's defect."""
     header = next((line for line in lines if line.strip()), "")
     separator = "\t" if "\t" in header else ";" if ";" in header and "," not in header else ","
-    names = next(csv.reader([header], delimiter=separator), [])
+    try:
+        names = next(csv.reader([header], delimiter=separator), [])
+    except csv.Error as error:
+        yield str(error)
+        return
     columns = [_column(name) for name in names]
     rows = csv.reader((line + "\n" for line in lines), delimiter=separator)
     if "smiles" not in columns:

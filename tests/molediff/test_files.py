@@ -201,6 +201,7 @@ BAD = {
     "smiles.smi": ("C1CC\n", "not a SMILES"),
     "valence.smi": ("C(C)(C)(C)(C)C\n", "not a SMILES"),
     "column.csv": ("name,x\na,1\n", "no column 'smiles'"),
+    "returns.csv": ("smiles,x\rC,1\rN,2\r", "new-line character"),
     "fields.csv": ("smiles,x\nC,1,2\n", "3 fields"),
 }
 
@@ -208,7 +209,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_record_is_reported_with_its_reason(tmp_path, name):
     text, reason = BAD[name]
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, newline="")
     (item,) = read(tmp_path / name)
     assert isinstance(item, Invalid)
     assert reason in item.reason
