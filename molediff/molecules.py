@@ -62,9 +62,9 @@ class Molecule:
         name: title of the record.
 
     Raises:
-        ValueError: no atoms, shapes that do not fit, an unknown element, coordinates that are not
-            finite or beyond ``MAX_COORDINATE``, a bond to itself, twice, to no atom or of unknown
-            order.
+        ValueError: no atoms, shapes that do not fit, an unknown element, a charge beyond that of
+            the nucleus, coordinates that are not finite or beyond ``MAX_COORDINATE``, a bond to
+            itself, twice, to no atom or of unknown order.
     """
 
     atomic_numbers: np.ndarray
@@ -86,6 +86,9 @@ class Molecule:
             given = np.asarray(getattr(self, key))
             values = _integers(key, given if given.size else np.zeros(n, np.int8), (n,), low, high)
             self._set(key, values.astype(np.int8))
+        if (stripped := self.charges > self.atomic_numbers).any():  # which RDKit cannot write
+            i = int(stripped.argmax())
+            raise ValueError(f"charges: {self.charges[i]:+d} on {self.symbols[i]} (atom {i + 1})")
         if self.positions is not None:
             self._set("positions", _coordinates(self.positions, n))
         if (self.bonds is None) != (self.orders is None):

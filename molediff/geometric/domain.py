@@ -359,7 +359,8 @@ class Molecules(Domain[Molecule]):
         charges = np.zeros(numbers.shape, np.int8)
         if self.charges == "formal":
             units = state["charges"][..., 0].numpy() / self.charge_scale
-            charges = np.rint(np.nan_to_num(units)).clip(-9, 9).astype(np.int8)
+            most = np.minimum(numbers, 9)
+            charges = np.rint(np.nan_to_num(units)).clip(-9, most).astype(np.int8)
         sizes = [numbers.shape[1]] * len(numbers) if mask is None else mask.sum(1).tolist()
         return [
             self._molecule(str(row), numbers[row, :n], positions[row, :n], charges[row, :n])

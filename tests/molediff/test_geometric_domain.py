@@ -132,6 +132,9 @@ def test_charges_make_the_round_trip(folder):
     (back,) = formal.decode(batch.state, batch.mask)
     assert back.charges.tolist() == ammonium.charges.tolist()
     assert "+" in back.smiles()
+    batch.state["charges"][..., 0] = 0.9  # of a model that has learnt little
+    (back,) = formal.decode(batch.state, batch.mask)
+    assert back.charges.tolist() == [7, 1, 1, 1, 1]
     nuclear = Molecules(str(folder), charges="nuclear")
     numbers = nuclear.collate([record]).state["charges"][0, :, 0] / nuclear.charge_scale
     np.testing.assert_allclose(numbers.numpy(), ammonium.atomic_numbers, rtol=1e-6)

@@ -38,6 +38,7 @@ def test_arrays_are_checked_read_only_copies():
         ({"positions": np.full((2, 3), -np.inf)}, "finite"),
         ({"positions": np.full((2, 3), 10_001.0)}, "beyond 10000"),
         ({"charges": [0]}, "charges: shape"),
+        ({"charges": [0, 2]}, r"charges: \+2 on H \(atom 2\)"),
         ({"bonds": [[0, 1]]}, "together"),
         ({"bonds": [[0, 2]], "orders": [1]}, "outside 0..1"),
         ({"bonds": [[1, 1]], "orders": [1]}, "itself"),
