@@ -10,11 +10,14 @@ from torch import Tensor
 from molediff.design.judging import verdict
 from molediff.geometric.domain import Molecules
 from molediff.molecules import Molecule
-from molediff.scorers import WORST, mask_of
+from molediff.scorers import mask_of
 from shared.guidance import Term
 from shared.guidance.steering import Reward
 from shared.predictions import Condition
 from shared.process import State
+
+INVALID = -1e9
+"""The fitness of what is no valid molecule, below that of every energy and score."""
 
 
 def fittest(
@@ -32,11 +35,11 @@ def fittest(
         mask = mask_of(state)
         items = domain.decode({k: v.detach().cpu() for k, v in state.items()}, mask)
         valid = [isinstance(item, Molecule) and verdict(item)[0] for item in items]
-        fit = torch.where(torch.tensor(valid), 0.0, WORST).to(torch.float64)
+        fit = torch.where(torch.tensor(valid), 0.0, INVALID).to(torch.float64)
         device = next(iter(state.values())).device
         inside = None if mask is None else mask.to(device)
         for term in terms:
             fit -= term.scale * term.energy(state, time, inside, cond).cpu().to(torch.float64)
-        return torch.where(fit.isfinite(), fit, 2 * WORST)
+        return torch.where(fit.isfinite(), fit, 2 * INVALID)
 
     return reward

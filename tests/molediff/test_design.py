@@ -22,7 +22,7 @@ from molediff.cli import PROGRAM
 from molediff.design import Wish
 from molediff.design.judging import Judge, Known, ranked
 from molediff.design.plan import SCORES, Plan, Steering
-from molediff.design.tries import fittest
+from molediff.design.tries import INVALID, fittest
 from molediff.design.wishes import as_overrides
 from molediff.files import write
 from molediff.geometric.domain import Record
@@ -231,8 +231,9 @@ def test_a_valid_molecule_is_fitter_than_any_other(runs):
         energy = SquaredError(lambda x, *_: torch.tensor(values), 0.0)
         return fittest(domain, [Term(energy, 2.0)], 0.0)(state)
 
-    expected = torch.tensor([-18.0, -2.0, -1000.0]).double()
+    expected = torch.tensor([-18.0, -2.0, INVALID]).double()
     torch.testing.assert_close(found(3.0, 1.0, 0.0), expected)
+    assert found(100.0, 1.0, 0.0).argmin() == 2  # however large an energy
     broken = found(float("nan"), 1.0, 0.0)
     assert broken.isfinite().all()
     assert broken.argmin() == 0
