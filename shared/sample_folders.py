@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from shared.checkpoints import write_atomically
 from shared.domains import Domain, Invalid
+from shared.runs import flat
 from shared.sampling import STATUSES, Record, Summary
 
 STEMS = ("samples", "molecules")
@@ -76,17 +78,21 @@ class Folder:
         if path.exists() and self.manifest.exists():  # else a mistake stopped it before any sample
             had = json.loads(path.read_text(encoding="utf-8"))
             result = had.pop("result", {})
-            for key in asked.keys() | had.keys():
-                if key != "n" and had.get(key) != asked.get(key):
+            before, now = ({k: v for k, v in flat(s).items() if v != {}} for s in (had, asked))
+            for key in sorted(before.keys() | now.keys()):
+                if key != "n" and before.get(key) != now.get(key):
                     raise ValueError(
-                        f"{self.path} holds samples made with {key}={had.get(key)}, now asked for "
-                        f"{asked.get(key)}; choose another out, or remove that folder."
+                        f"{self.path} holds samples made with {key}={_short(before.get(key))}, "
+                        f"now asked for {_short(now.get(key))}; choose another out, or remove "
+                        "that folder."
                     )
             asked["result"] = result
         elif self.manifest.exists():
             raise ValueError(
                 f"{self.path} has a manifest but no settings.json; choose another out."
             )
+        elif self.file.exists() and not path.exists():
+            raise ValueError(f"{self.file} is there, and no record of it; choose another out.")
         _write_json(path, asked)
 
     def _repair(self) -> dict[int, Record]:
@@ -129,6 +135,10 @@ def read_manifest(path: Path, *, repair: bool = False) -> list[Record]:
     if repair and good < file.stat().st_size:
         os.truncate(file, good)
     return records
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(str(value), 80, placeholder=" ...")
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -251,17 +251,28 @@ def test_failed_samples_are_tried_again(tmp_path):
 
 
 def test_a_folder_refuses_other_settings_and_changed_files(tmp_path):
-    sink = Folder(tmp_path, Toys(), SETTINGS)
+    sink = Folder(tmp_path, Toys(), {**SETTINGS, "request": {}})
     draw(sink=sink)
     Folder(tmp_path, Toys(), {**SETTINGS, "n": 20})  # more of the same is fine
     with pytest.raises(ValueError, match="steps=6, now asked for 7"):
         Folder(tmp_path, Toys(), {**SETTINGS, "steps": 7})
+    settings = {**SETTINGS, "request": {"label": 3, "list": [*range(999)]}}
+    with pytest.raises(ValueError, match=r"request.label=None, now asked for 3; choose"):
+        Folder(tmp_path, Toys(), settings)
     sink.file.write_bytes(b"")
     with pytest.raises(ValueError, match="was changed"):
         Folder(tmp_path, Toys(), {**SETTINGS, "n": 20})
     sink.manifest.write_text('{"index": 0}\nnonsense\n{"index": 1}\n')
     with pytest.raises(ValueError, match="line 1: not a record"):
         read_manifest(tmp_path)
+
+
+def test_a_file_of_other_origin_stays(tmp_path):
+    mine = tmp_path / "samples.csv"
+    mine.write_text("1.0,2.0\n")
+    with pytest.raises(ValueError, match="no record of it; choose another out"):
+        Folder(tmp_path, Toys(), SETTINGS)
+    assert mine.read_text() == "1.0,2.0\n"
 
 
 KILLED = """
