@@ -197,6 +197,8 @@ def need(module: str, what: str) -> Any:
 
 
 def _triangles(path: Path) -> np.ndarray:
+    if path.suffix.lower() == ".ply":
+        return ply.read_triangles(path)
     trimesh = need("trimesh", f"{path.name}: meshes need")
     mesh = trimesh.load_mesh(path, process=False, skip_materials=True)
     return np.asarray(mesh.triangles, np.float64)

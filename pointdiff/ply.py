@@ -1,11 +1,11 @@
-"""PLY files (Turk 1994): ascii and binary of both byte orders; the vertices are read.
+"""PLY files (Turk 1994): ascii and binary of both byte orders; vertices and faces are read.
 
 Everything in a header is checked against the size of the file before memory is taken for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -112,27 +112,58 @@ def read_vertices(path: Path, most: int) -> Cloud:
     """
     with path.open("rb") as file:
         header = read_header(file)
-        place = [e.name for e in header.elements].index("vertex") if _has_vertex(header) else -1
-        if place < 0:
-            raise ValueError("it has no vertices")
-        vertex = header.elements[place]
-        if not vertex.fixed or not {"x", "y", "z"} <= vertex.properties.keys():
-            raise ValueError("its vertices have no plain coordinates x, y, z")
+        vertex = _vertices(header)
         if vertex.count > most:
             raise ValueError(f"{vertex.count:,} points, at most {most:,} are taken")
-        rest = path.stat().st_size - header.start
-        shortest = sum(_least_bytes(e, header.order) for e in header.elements[: place + 1])
-        if rest < shortest:
-            raise ValueError(
-                f"its header announces {vertex.count:,} points, but only {rest:,} bytes follow"
-            )
+        place = header.elements.index(vertex)
+        _check_size(path, header, place)
         for element in header.elements[:place]:
             _skip(file, element, header.order)
         return _rows(file, vertex, header.order)
 
 
-def _has_vertex(header: Header) -> bool:
-    return any(e.name == "vertex" for e in header.elements)
+def read_triangles(path: Path) -> np.ndarray:
+    """The corners of the faces, float64 [triangles, 3, 3]; polygons are cut into fans.
+
+    Raises:
+        ValueError: a header that lies or is damaged, or faces without vertices.
+    """
+    with path.open("rb") as file:
+        header = read_header(file)
+        vertex = _vertices(header)
+        face = next(e for e in header.elements if e.name == "face")
+        last = max(header.elements.index(vertex), header.elements.index(face))
+        _check_size(path, header, last)
+        for element in header.elements[: last + 1]:
+            if element is vertex:
+                corners = _rows(file, vertex, header.order)
+            elif element is face:
+                fans = _fans(_polygons(file, face, header.order))
+            else:
+                _skip(file, element, header.order)
+    if len(fans) and not 0 <= fans.min() <= fans.max() < len(corners):
+        raise ValueError(f"its faces have corners beyond its {len(corners):,} vertices")
+    return np.asarray(corners[fans])
+
+
+def _vertices(header: Header) -> Element:
+    vertex = next((e for e in header.elements if e.name == "vertex"), None)
+    if vertex is None:
+        raise ValueError("it has no vertices")
+    if not vertex.fixed or not {"x", "y", "z"} <= vertex.properties.keys():
+        raise ValueError("its vertices have no plain coordinates x, y, z")
+    return vertex
+
+
+def _check_size(path: Path, header: Header, last: int) -> None:
+    """Refuse a file too short for its elements up to number ``last``."""
+    rest = path.stat().st_size - header.start
+    elements = header.elements[: last + 1]
+    if rest < sum(_least_bytes(e, header.order) for e in elements):
+        names = {"vertex": "points", "face": "faces"}
+        counts = [f"{e.count:,} {names[e.name]}" for e in elements if e.name in names]
+        announced = " and ".join(counts)
+        raise ValueError(f"its header announces {announced}, but only {rest:,} bytes follow")
 
 
 def _least_bytes(element: Element, order: str) -> int:
@@ -185,6 +216,80 @@ def _rows(file: BinaryIO, vertex: Element, order: str) -> Cloud:
             raise ValueError(f"point {i} has {len(words)} values instead of {len(names)}")
         out[i] = [float(words[c]) for c in columns]
     return out
+
+
+def _polygons(file: BinaryIO, face: Element, order: str) -> Iterator[np.ndarray]:
+    """The corners of every face, int64 [any]; as blocks [faces, 3] where all are triangles."""
+    kinds = face.properties
+    name = "vertex_indices" if "vertex_indices" in kinds else "vertex_index"
+    found = kinds.get(name, "")
+    if isinstance(found, str) or found[1][0] == "f":
+        raise ValueError("its faces have no list vertex_indices")
+    if not order:
+        yield from _polygons_in_text(file, face, name)
+        return
+    start, data = file.tell(), file.read()
+    if len(kinds) == 1:
+        (head, kind), n = found, face.count
+        row = np.dtype([("n", head), ("corners", order + kind, (3,))])
+        rows = np.frombuffer(data, row, n) if len(data) >= n * row.itemsize else np.zeros(0, row)
+        if np.dtype(head).itemsize == 1 and len(rows) and (rows["n"] == 3).all():
+            yield rows["corners"].astype(np.int64)
+            file.seek(start + n * row.itemsize)
+            return
+    length = yield from _polygons_in_bytes(data, face, order, name)
+    file.seek(start + length)
+
+
+def _polygons_in_text(file: BinaryIO, face: Element, name: str) -> Iterator[np.ndarray]:
+    for i in range(face.count):
+        words, place = file.readline(MAX_HEADER).split(), 0
+        for key, kind in face.properties.items():
+            count = 0 if isinstance(kind, str) else int((words[place:] or [b"0"])[0])
+            length = 1 + max(0, count)
+            if key == name:
+                found = words[place + 1 : place + length]
+            place += length
+        if len(words) < place or not words:
+            raise ValueError(f"its data end or break off at face {i:,} of {face.count:,}")
+        yield np.array([int(word) for word in found], np.int64)
+
+
+def _polygons_in_bytes(
+    data: bytes, face: Element, order: str, name: str
+) -> Generator[np.ndarray, None, int]:
+    """The corners of every face; returns the length of them all."""
+    columns = [
+        (key, None if isinstance(kind, str) else np.dtype(order + kind[0]),
+         np.dtype(order + (kind if isinstance(kind, str) else kind[1])))
+        for key, kind in face.properties.items()
+    ]  # fmt: skip
+    place = 0
+    for i in range(face.count):
+        for key, head, kind in columns:
+            count = 1
+            if head is not None:
+                start, place = place, place + head.itemsize
+                count = int.from_bytes(data[start:place], "big" if order == ">" else "little")
+            start, place = place, place + count * kind.itemsize
+            if place > len(data):
+                raise ValueError(f"its data end at face {i:,} of {face.count:,}")
+            if key == name:
+                yield np.frombuffer(data, kind, count, start).astype(np.int64)
+    return place
+
+
+def _fans(polygons: Iterable[np.ndarray]) -> np.ndarray:
+    """Triangles [n, 3] of polygons with any number of corners."""
+    equal: dict[int, list[np.ndarray]] = {}
+    for polygon in polygons:
+        equal.setdefault(polygon.shape[-1], []).append(np.atleast_2d(polygon))
+    parts = [np.zeros((0, 3), np.int64)]
+    for n, found in equal.items():
+        second = np.arange(1, n - 1)
+        cut = np.stack([np.zeros_like(second), second, second + 1], 1)
+        parts.append(np.concatenate(found)[:, cut].reshape(-1, 3))
+    return np.concatenate(parts)
 
 
 def write_vertices(path: Path, blocks: Iterable[Cloud], form: str = "binary_little_endian") -> int:

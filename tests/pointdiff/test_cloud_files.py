@@ -91,6 +91,60 @@ def test_meshes_are_sampled_on_their_surface(tmp_path, suffix):
     assert np.abs(octants - 500).max() < 5 * np.sqrt(500)
 
 
+FACES = (
+    "ply\nformat %s 1.0\nelement vertex %d\nproperty float x\nproperty float y\nproperty float z\n"
+    "element face %d\nproperty uchar red\nproperty list uchar int vertex_indices\n"
+    "property list uchar float texcoord\nend_header\n"
+)
+CORNERS = np.array([[0, 0, 0], [2, 0, 0], [2, 1, 0], [0, 1, 0], [3, 0.5, 0]])
+POLYGONS = ([0, 1, 2, 3], [1, 4, 2], [0, 1])
+
+
+def mesh(form, vertices=5, faces=3, polygons=POLYGONS):
+    """A rectangle, a triangle and an edge, with other properties around the corners."""
+    out = (FACES % (form, vertices, faces)).encode()
+    order = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}[form]
+    if not order:
+        rows = [" ".join(map(str, row)) for row in CORNERS]
+        rows += [" ".join(map(str, [9, len(p), *p, 2, 0.5, 0.5])) for p in polygons]
+        return out + "\n".join(rows).encode() + b"\n"
+    out += CORNERS.astype(order + "f4").tobytes()
+    for p in polygons:
+        out += bytes([9, len(p)]) + np.array(p, order + "i4").tobytes() + bytes([2])
+        out += np.array([0.5, 0.5], order + "f4").tobytes()
+    return out
+
+
+@pytest.mark.parametrize("form", ["ascii", "binary_little_endian", "binary_big_endian"])
+def test_faces_of_a_ply_may_have_any_number_of_corners(tmp_path, form):
+    path = tmp_path / "a.ply"
+    path.write_bytes(mesh(form))
+    cloud = read_one(path, surface=5000)
+    assert abs((cloud[:, 0] > 2).mean() - 0.2) < 0.03
+    assert abs((cloud[:, 0] < 1).mean() - 0.4) < 0.03
+    assert cloud.max(0) == pytest.approx([3, 1, 0], abs=0.1)
+    header, _, data = mesh(form).partition(b"end_header\n")
+    lines = header.splitlines()
+    lines = [*lines[:2], *lines[6:], *lines[2:6], b"end_header\n"]
+    split = len(b"".join(data.splitlines(keepends=True)[:5])) if form == "ascii" else 60
+    swapped = data[split:] + data[:split]
+    path.write_bytes(b"\n".join(lines) + swapped)
+    np.testing.assert_array_equal(read_one(path, surface=5000), cloud)
+    for content, message in (
+        (mesh(form, faces=4), "face 3 of 4"),
+        (mesh(form, faces=10**9), "announces 5 points and 1,000,000,000 faces"),
+        (mesh(form, vertices=10**9), "announces 1,000,000,000 points"),
+        (mesh(form, polygons=([0, 1, 5], *POLYGONS[:2])), "beyond its 5 vertices"),
+        (
+            mesh(form).replace(b"int vertex_indices", b"int vertex_strips"),
+            "no list vertex_indices",
+        ),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_one(path)
+
+
 def test_what_is_no_array_is_said_so(tmp_path):
     h5py = pytest.importorskip("h5py")
     with h5py.File(tmp_path / "a.h5", "w") as file:
@@ -186,8 +240,9 @@ def test_mutated_ply_files_neither_crash_nor_hang(tmp_path, points):
     for form in ("ascii", "binary_little_endian", "binary_big_endian"):
         write_vertices(path, [points], form)
         originals.append(path.read_bytes().replace(b"vertex 0000000000", b"vertex "))
+    originals += [mesh("ascii"), mesh("binary_little_endian"), mesh("binary_big_endian")]
     for number in range(FUZZ):
-        data = bytearray(originals[number % 3])
+        data = bytearray(originals[number % len(originals)])
         for _ in range(rng.integers(1, 6)):
             # half of the changes hit the header
             place = rng.integers(0, len(data) if rng.random() < 0.5 else 130)
