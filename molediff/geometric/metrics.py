@@ -51,8 +51,8 @@ def evaluate(
     Args:
         molecules: what was generated, failures included.
         reference: training or test molecules, for ``novelty`` and the extras. Molecules are read
-            by the same rule as the generated ones, as EDM does; SMILES are faster and differ
-            where the rule misreads a geometry.
+            by the same rule as the generated ones, as EDM does; SMILES, and molecules that are
+            known as graphs only, are faster and differ where the rule misreads a geometry.
         extras: of ``fcd`` (Frechet ChemNet distance by fcd_torch, needs a reference),
             ``posebusters`` (all intramolecular checks passed), ``strain`` (GFN2-xTB energy
             released by relaxation, kcal/mol) and ``shape`` (distances between the distributions
@@ -71,17 +71,19 @@ def evaluate(
     good = [m for m in items if isinstance(m, Molecule)]
     data = [m for m in known if isinstance(m, Molecule)]
     texts = [s for s in known if isinstance(s, str)]
-    _check_extras(extras, bool(data or texts), bool(data))
+    compared = bool(data or texts)
+    _check_extras(extras, compared, bool(data))
     scores = {"read": proportion(len(good), len(items))}
     solid = [m for m in good if m.positions is not None]
+    data_smiles = valence_verdicts(data, perception).smiles
     if solid or not good:
         verdicts = edm_verdicts(solid, single_bonds)
         seen = edm_verdicts([m for m in data if m.positions is not None], single_bonds).smiles
-        keys = {*seen, *(_canonical(s, hydrogens=True) for s in texts)} if known else None
-        scores |= _scores(verdicts, len(items), keys, "")
+        graphs = [s for m, s in zip(data, data_smiles, strict=True) if s and m.positions is None]
+        keys = {*seen, *(_canonical(s, hydrogens=True) for s in [*texts, *graphs])}
+        scores |= _scores(verdicts, len(items), keys if compared else None, "")
     verdicts = valence_verdicts(good, perception)
-    data_smiles = valence_verdicts(data, perception).smiles
-    keys = {*data_smiles, *(_canonical(s) for s in texts)} if known else None
+    keys = {*data_smiles, *(_canonical(s) for s in texts)} if compared else None
     scores |= _scores(verdicts, len(items), keys, "_valence")
     if extras:
         own = [s for s in verdicts.smiles if s]

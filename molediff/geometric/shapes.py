@@ -62,12 +62,12 @@ def distance(found: Measurements, wanted: Measurements) -> Estimate:
             if weights.sum() > 0:
                 total += count * wasserstein_distance(found.value[rows], values, weights)
                 weight += count
-        return total / weight
+        return total / weight if weight else np.nan  # a resample without any of the kinds
 
     value = weighted(np.ones(found.molecules))
     rng, m = np.random.default_rng(0), found.molecules
     draws = [weighted(rng.multinomial(m, np.full(m, 1 / m))) for _ in range(RESAMPLES)]
-    half = 1.96 * float(np.std(draws, ddof=1))
+    half = 1.96 * float(np.nanstd(draws, ddof=1))
     return Estimate(value, len(found.value), max(0.0, value - half), value + half)
 
 

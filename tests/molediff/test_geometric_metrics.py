@@ -48,8 +48,10 @@ def test_rates_have_the_right_denominators(molecules):
 def test_reference_molecules_and_their_smiles_agree(molecules):
     by_rule = evaluate(molecules, [geometry("CCO", 3), Invalid("a", "b")])
     by_text = evaluate(molecules, ["C(O)C"])
-    assert by_rule == by_text
+    by_graph = evaluate(molecules, [Molecule.from_rdkit(Chem.MolFromSmiles("OCC"))])
+    assert by_rule == by_text == by_graph
     assert "novelty" not in evaluate(molecules)
+    assert "novelty" not in evaluate(molecules, [Invalid("a", "b")])
 
 
 def test_graphs_get_the_corrected_rule_only():
@@ -140,6 +142,12 @@ def test_shapes_of_stretched_molecules_are_far(molecules):
     assert 0.09 < scores["bond_length_distance"].value < 0.16
     assert scores["bond_angle_distance"].value < 1e-6
     assert scores["bond_length_distance"].n == sum(len(m.bonds) for m in molecules)
+
+
+def test_resamples_without_the_kinds_of_the_data_are_left_out(molecules):
+    scores = shape_distances([molecules[0], geometry("Cl")], molecules[:1])
+    for score in scores.values():
+        assert score.low <= score.value <= score.high
 
 
 def test_extras_that_cannot_be_had_say_so(molecules, monkeypatch):
