@@ -18,6 +18,8 @@ from pointdiff.clouds import Cloud, Frame, resample
 from shared.randomness import stream
 
 VIEWS = 26
+NEAR = 5e-4
+"""Points in one cell of this share of the cloud's size are copies and say nothing of its density."""
 
 
 def cameras(views: int = VIEWS) -> np.ndarray:
@@ -60,8 +62,7 @@ def in_depth_image(points: Cloud, camera: np.ndarray, pixel: float | None = None
     """
     points = np.asarray(points, np.float64)
     if pixel is None:
-        gaps = cKDTree(points).query(points, k=2)[0][:, 1]
-        pixel = 2.0 * float(np.median(gaps[gaps > 0])) if (gaps > 0).any() else 1.0
+        pixel = _spacing(points)
     distance = float(np.linalg.norm(camera))
     right, up, ahead = _axes(-camera / distance)
     ray = points - camera
@@ -74,6 +75,15 @@ def in_depth_image(points: Cloud, camera: np.ndarray, pixel: float | None = None
     place = (row[front] - row[front].min() + 1, column[front] - column[front].min() + 1)
     ahead_of[front] = nearest[place] if front.any() else 0.0
     return np.flatnonzero(front & (depth <= ahead_of + 4.0 * pixel))
+
+
+def _spacing(points: np.ndarray) -> float:
+    """Twice the median distance of a point to its nearest neighbour, copies left out."""
+    cells = (points / (NEAR * float(np.ptp(points, axis=0).max()) or 1.0)).round()
+    points = points[np.unique(cells, axis=0, return_index=True)[1]]
+    if len(points) < 2:
+        return 1.0
+    return 2.0 * float(np.median(cKDTree(points).query(points, k=2)[0][:, 1]))
 
 
 def _depth_map(row: np.ndarray, column: np.ndarray, depth: np.ndarray) -> np.ndarray:

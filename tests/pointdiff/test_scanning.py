@@ -42,6 +42,14 @@ def test_what_is_inside_is_hidden_whatever_the_frame(sphere, method, holes):
     assert (np.abs(radii / 7 - 1) > 1e-3).mean() <= holes
 
 
+def test_near_copies_of_points_are_no_finer_depth_image(sphere):
+    camera = np.array([0, 0, 3.0])
+    for gap in (0.0, 1e-7):
+        seen = in_depth_image(np.concatenate([sphere, sphere + gap]), camera)
+        once = in_depth_image(sphere, camera)
+        assert abs(len(seen) - 2 * len(once)) < 0.02 * len(once)
+
+
 def test_a_scan_is_a_function_of_seed_and_index(sphere):
     scanner = Scanner(points=300, noise=0.01, occlusion=0.2, crop=0.1)
     first = scanner(sphere, 3, 5)
