@@ -66,6 +66,8 @@ def evaluate(
         ModuleNotFoundError: an extra whose package is not installed.
     """
     items, known = list(molecules), list(reference or [])
+    if isinstance(reference, str):
+        raise TypeError("evaluate: reference is a text: read files with molediff.read")
     for odd in (item for item in items if not isinstance(item, (Molecule, Invalid))):
         raise TypeError(f"evaluate: {odd!r:.40} is no Molecule: read files with molediff.read")
     good = [m for m in items if isinstance(m, Molecule)]

@@ -78,6 +78,7 @@ def prepare(
         ValueError: ``out`` holds something else, nothing could be read, a property that no record
             has, or options that make no sense.
     """
+    properties = [properties] if isinstance(properties, str) else properties
     options = Options(
         None if properties is None else tuple(properties),
         dict(units or {}),

@@ -170,6 +170,7 @@ def test_choices_of_conformers_hydrogens_limit_and_properties(sdf, tmp_path):
     assert 1 not in one.elements
     assert one.info["excluded"] == 19
     assert len(prepare(sdf, tmp_path / "few", limit=4)) == 4
+    assert prepare(sdf, tmp_path / "word", properties="gap").property_names == ("gap",)
 
 
 def test_hydrogens_taken_off_are_remembered():

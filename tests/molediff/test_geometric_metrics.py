@@ -75,6 +75,8 @@ def test_what_is_no_molecule_is_no_failed_molecule(molecules):
     for wrong in ("samples.sdf", [*molecules, molecules[0].to_rdkit()]):
         with pytest.raises(TypeError, match=r"no Molecule: read files with molediff\.read"):
             evaluate(wrong)
+    with pytest.raises(TypeError, match="reference is a text"):
+        evaluate(molecules, "train.smi")
 
 
 @pytest.mark.golden
