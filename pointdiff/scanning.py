@@ -19,7 +19,7 @@ from shared.randomness import stream
 
 VIEWS = 26
 NEAR = 5e-4
-"""Points in one cell of this share of the cloud's size are copies and say nothing of its density."""
+"""Points in one cell of this share of the cloud's size are copies: its density without them."""
 
 
 def cameras(views: int = VIEWS) -> np.ndarray:
