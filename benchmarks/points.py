@@ -16,6 +16,7 @@ import multiprocessing
 import resource
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def full_knn(a: Tensor, b: Tensor) -> Tensor:
 
 def full_ball(a: Tensor, b: Tensor) -> Tensor:
     """First K indices inside the ball, by sorting the columns that count."""
-    column = torch.arange(b.shape[1]).expand(1, a.shape[1], -1)
+    column = torch.arange(b.shape[1], device=b.device).expand(1, a.shape[1], -1)
     far = torch.cdist(a, b) >= RADIUS
     return column.masked_fill(far, b.shape[1]).topk(K, largest=False).values
 
@@ -94,22 +95,18 @@ def _memory(device: str) -> float:
 
 
 def _child(
-    queue: Any, name: str, which: int, n: int, repeats: int, device: str, plain: bool
-) -> None:
+    name: str, which: int, n: int, repeats: int, device: str, plain: bool
+) -> tuple[float, float]:
     if plain:
         accelerated.library = lambda: None  # type: ignore[assignment]
-    queue.put(measure(CASES[name][which], n, repeats, device))
+    return measure(CASES[name][which], n, repeats, device)
 
 
 def alone(name: str, which: int, n: int, repeats: int, device: str, plain: bool = True) -> Any:
     """:func:`measure` in a new process, so that peaks do not mix."""
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_child, args=(queue, name, which, n, repeats, device, plain))
-    process.start()
-    found = queue.get()
-    process.join()
-    return found
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(_child, name, which, n, repeats, device, plain).result()
 
 
 def operations(sizes: list[int], repeats: int, device: str) -> list[list[Any]]:

@@ -36,3 +36,13 @@ def test_seconds_and_errors_are_measured(monkeypatch):
     [[n, exact, close, bound, error]] = points.earth_movers([40])
     assert n == 40
     assert 0 <= error <= bound
+
+
+def test_full_forms_stay_on_the_device_of_the_clouds():
+    a = torch.rand(1, 40, 3, device="meta")
+    assert points.full_ball(a, a).device == points.full_knn(a, a).device == a.device
+
+
+def test_the_failure_of_a_case_ends_the_benchmark():
+    with pytest.raises(KeyError):
+        points.alone("no case", 0, 64, 1, "cpu")
