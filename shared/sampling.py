@@ -18,7 +18,7 @@ from shared.domains import Batch, Domain, Invalid
 from shared.predictions import Denoise, Prediction
 from shared.process import Process, State
 from shared.randomness import Draws
-from shared.solvers.base import PlanSolver, Solver
+from shared.solvers.base import Solver
 from shared.solvers.grids import Grid
 from shared.solvers.plan import After
 
@@ -93,12 +93,11 @@ def time_grid(process: Process, solver: Solver, grid: Grid, steps: int) -> list[
         raise ValueError(f"steps={steps} is too few for one step of {name}; give more.")
     try:
         times = grid(process.lead, intervals)
-        if isinstance(solver, PlanSolver):
-            # a last step that does not end at sigma = 0 may cost one call more
-            while next(iter(solver.plans(process, times).values())).nfe > steps:
-                if len(times) == 2:
-                    raise ValueError(f"steps={steps} is too few for one step; give more.")
-                times = grid(process.lead, len(times) - 2)
+        # a last step that does not end at sigma = 0 may cost one call more
+        while (solver.calls(process, times) or 0) > steps:
+            if len(times) == 2:
+                raise ValueError(f"steps={steps} is too few for one step; give more.")
+            times = grid(process.lead, len(times) - 2)
     except ValueError as error:
         raise ValueError(
             f"solver {name}, grid {type(grid).__name__} and schedule "

@@ -142,6 +142,10 @@ class Keep(Solver):
     def intervals(self, nfe: int) -> int:
         return self.solver.intervals(nfe // self.resamples)
 
+    def calls(self, process: Process, times: Sequence[float]) -> int | None:
+        known = known_first(self.value, self.value)
+        return RePaint(self.solver, known, self.jump, self.resamples).calls(process, times)
+
     def solve(
         self,
         process: Process,

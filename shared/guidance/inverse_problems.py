@@ -111,6 +111,11 @@ class RePaint(Solver):
     def intervals(self, nfe: int) -> int:
         return self.solver.intervals(nfe // self.resamples)
 
+    def calls(self, process: Process, times: Sequence[float]) -> int | None:
+        each = [self.solver.calls(process, stretch) for stretch in self._stretches(times)]
+        known = [calls for calls in each if calls is not None]
+        return self.resamples * sum(known) if len(known) == len(each) else None
+
     def solve(
         self,
         process: Process,

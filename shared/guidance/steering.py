@@ -103,6 +103,10 @@ class Steered(Solver):
     def intervals(self, nfe: int) -> int:
         return self.solver.intervals(nfe // self.particles)
 
+    def calls(self, process: Process, times: Sequence[float]) -> int | None:
+        each = self.solver.calls(process, times)
+        return None if each is None else self.particles * each
+
     def solve(
         self,
         process: Process,

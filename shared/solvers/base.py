@@ -41,6 +41,10 @@ class Solver(ABC):
         """The largest number of grid intervals that needs at most ``nfe`` evaluations."""
         return nfe
 
+    def calls(self, process: Process, times: Sequence[float]) -> int | None:
+        """How many evaluations this grid costs; None where the state decides."""
+        return None
+
 
 class PlanSolver(Solver):
     """A solver that is a table. Subclasses are frozen dataclasses that implement ``write``.
@@ -81,6 +85,9 @@ class PlanSolver(Solver):
             name: self.for_field(name).plan(field.schedule, times, process.lead)
             for name, field in process.fields.items()
         }
+
+    def calls(self, process: Process, times: Sequence[float]) -> int | None:
+        return next(iter(self.plans(process, times).values())).nfe
 
     def solve(
         self,

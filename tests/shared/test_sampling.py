@@ -15,6 +15,7 @@ import torch
 
 from shared.analytic import AnalyticDenoiser, Mixture
 from shared.domains import Invalid
+from shared.guidance import Known, RePaint, Steered
 from shared.process import Process
 from shared.sample_folders import Folder, read_manifest
 from shared.sampling import DecodeError, Memory, Summary, sample, time_grid
@@ -317,3 +318,17 @@ def test_a_budget_is_never_exceeded():
         assert plan.nfe <= steps
     with pytest.raises(ValueError, match="too few for one step"):
         time_grid(process, Heun(), LogSNRTimes(), 1)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        Steered.best_of(Heun(), lambda x: x["x"][:, 0], 3),
+        RePaint(Heun(), Known({"x": torch.zeros(1, 2)}, {"x": torch.tensor([[1, 0]]) > 0}), 2, 3),
+    ],
+)
+@pytest.mark.parametrize("steps", [9, 21])
+def test_a_budget_holds_around_solvers_too(solver, steps):
+    summary = draw(n=2, solver=solver, steps=steps)
+    times = time_grid(PROCESS, solver, LogSNRTimes(), steps)
+    assert summary.nfe == solver.calls(PROCESS, times) <= steps
