@@ -131,7 +131,12 @@ def egnn(domain: Molecules, schedule: Schedule, **options: Any) -> Denoiser:
 def gdm(domain: Molecules, schedule: Schedule, **options: Any) -> Denoiser:
     """GDM, EDM's baseline that is not equivariant; ``augment=True`` turns training molecules."""
     augment = options.pop("augment", True)
-    network = GDM(_features(domain), augment=augment, options=EGNNOptions(**options))
+    network = GDM(
+        _features(domain),
+        context=len(domain.properties),
+        augment=augment,
+        options=EGNNOptions(**options),
+    )
     return _published(network, domain, schedule)
 
 
@@ -139,7 +144,8 @@ def tensor_products(domain: Molecules, schedule: Schedule, **options: Any) -> De
     """Messages by tensor products of spherical harmonics (needs e3nn)."""
     from molediff.geometric.e3nn_network import TensorProductNetwork
 
-    return _published(TensorProductNetwork(_features(domain), **options), domain, schedule)
+    network = TensorProductNetwork(_features(domain), context=len(domain.properties), **options)
+    return _published(network, domain, schedule)
 
 
 def _published(network: Any, domain: Molecules, schedule: Schedule) -> Denoiser:

@@ -140,15 +140,21 @@ def test_charges_make_the_round_trip(folder):
     np.testing.assert_allclose(numbers.numpy(), ammonium.atomic_numbers, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("build", "options"),
-    [
-        (transformer, {"width": 16, "layers": 1, "heads": 2, "vectors": 4, "pairs": 8}),
-        (egnn, {"width": 16, "layers": 1}),
-        (gdm, {"width": 16, "layers": 1}),
-        (tensor_products, {"scalars": 8, "vectors": 4, "tensors": 2, "layers": 1}),
-    ],
-)
+MODELS = [
+    (transformer, {"width": 16, "layers": 1, "heads": 2, "vectors": 4, "pairs": 8}),
+    (egnn, {"width": 16, "layers": 1}),
+    (gdm, {"width": 16, "layers": 1}),
+    (tensor_products, {"scalars": 8, "vectors": 4, "tensors": 2, "layers": 1}),
+]
+
+
+@pytest.mark.parametrize(("build", "options"), MODELS)
+def test_every_model_is_told_the_properties(folder, build, options):
+    domain = Molecules(str(folder), properties=["score"])
+    assert build(domain, Polynomial(), **options).backbone.context
+
+
+@pytest.mark.parametrize(("build", "options"), MODELS)
 @pytest.mark.parametrize("charges", [None, "formal"])
 def test_every_model_trains_on_the_domain(folder, build, options, charges):
     domain = Molecules(str(folder), charges=charges)
