@@ -14,6 +14,8 @@ LEAST, MOST = 16, 500_000
 """Numbers of points that are taken, unless a caller says otherwise."""
 FARTHEST = 1e9
 """Largest coordinate: squares of it are still sums of float32 numbers."""
+COARSEST = 0.01
+"""Largest rounding error of a coordinate in float32, as a share of the cloud's size."""
 
 
 def check(
@@ -33,7 +35,8 @@ def check(
 
     Raises:
         ValueError: another shape or type, no points, too few or too many, coordinates that are
-            not finite or absurdly large, all points equal, or duplicates that are refused.
+            not finite or absurdly large (also against the size of the cloud: float32 would lose
+            them), all points equal, or duplicates that are refused.
     """
     array = np.asarray(points)
     if array.ndim != 2 or array.shape[1] != 3 or array.dtype.kind not in "fiu":
@@ -53,6 +56,12 @@ def check(
     cloud = array.astype(np.float32)
     if n > 1 and (array == array[0]).all():
         raise ValueError(f"{what}: all {n} points are equal.")
+    lost, size = np.abs(cloud - array).max(), np.ptp(array, axis=0).max()
+    if n > 1 and lost > COARSEST * size:
+        raise ValueError(
+            f"{what}: coordinates up to {np.abs(array).max():g} in a cloud of size {size:g} are "
+            "lost to rounding; move it to the origin first."
+        )
     if duplicates not in ("keep", "drop", "refuse"):
         raise ValueError(f"duplicates={duplicates!r}: choose keep, drop or refuse.")
     first = np.sort(np.unique(cloud, axis=0, return_index=True)[1])

@@ -12,6 +12,8 @@ def points():
 def test_a_good_cloud_becomes_float32(points):
     assert check(points).dtype == np.float32
     np.testing.assert_allclose(check(points.tolist()), points, rtol=1e-6)
+    np.testing.assert_allclose(check(points + 1e4), points + 1e4, atol=1e-3)
+    assert check([[0.1, 0.2, 1e5 / 3]], least=1).shape == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +25,7 @@ def test_a_good_cloud_becomes_float32(points):
         (lambda x: np.where(np.arange(50)[:, None] == 7, np.nan, x), "1 of 50 points .* finite"),
         (lambda x: x * np.inf, "not finite"),
         (lambda x: x * 1e12, "rescale"),
+        (lambda x: x + [5e5, 4.2e6, 0], "up to 4.2e[+]06 in a cloud of size .* move it"),
         (lambda x: x[:, :2], r"\[points, 3\]"),
         (lambda x: x.astype(str), "needs numbers"),
         (lambda x: np.tile(x[:8], (9, 1)), "72 points .8 distinct., at least 16"),
