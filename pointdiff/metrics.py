@@ -34,11 +34,19 @@ def chamfer(a: Tensor, b: Tensor, form: str = "l2") -> Tensor:
     """
     if form not in FORMS:
         raise ValueError(f"chamfer: form={form!r}; choose {', '.join(FORMS)}.")
-    sides = [knn(x, y)[0][..., 0] for x, y in ((a, b), (b, a))]
+    sides = [_nearest(x, y)[0] for x, y in ((a, b), (b, a))]
     if form.startswith("l1"):
         sides = [_root(side) for side in sides]
     total = sides[0].mean(1) + sides[1].mean(1)
     return total / 2 if form.endswith("half") else total
+
+
+def _nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances of ``a`` to the nearest of ``b``, and which, [batch, n]; NaN where
+    a cloud is not finite."""
+    squared, index = knn(a, b)
+    finite = a.isfinite().flatten(1).all(1) & b.isfinite().flatten(1).all(1)
+    return torch.where(finite[:, None], squared[..., 0], torch.nan), index[..., 0]
 
 
 def _root(squared: Tensor) -> Tensor:
@@ -55,8 +63,7 @@ def density_aware_chamfer(a: Tensor, b: Tensor, alpha: float = 1000.0) -> Tensor
 
 
 def _crowding(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    squared, index = knn(a, b)
-    squared, index = squared[..., 0], index[..., 0]
+    squared, index = _nearest(a, b)
     count = torch.zeros(b.shape[:2], dtype=a.dtype, device=a.device)
     count.scatter_add_(1, index, torch.ones_like(squared))
     return (1 - torch.exp(-alpha * squared) / count.gather(1, index)).mean(1)
@@ -70,7 +77,7 @@ def f_score(
     ``squared`` (MVP and PDR: 1e-4) and else on |p-q| (Tatarchenko: 1 % of the size)."""
     bound = threshold if squared else threshold**2
     precision, recall = (
-        _share(knn(x, y)[0][..., 0], bound) for x, y in ((prediction, truth), (truth, prediction))
+        _share(_nearest(x, y)[0], bound) for x, y in ((prediction, truth), (truth, prediction))
     )
     total = precision + recall
     return torch.where(total == 0, 0.0, 2 * precision * recall / torch.where(total == 0, 1, total))
@@ -84,7 +91,7 @@ def _share(squared: Tensor, bound: float) -> Tensor:
 def hausdorff(a: Tensor, b: Tensor) -> Tensor:
     """Unidirectional: max over a of min over b of |p-q|, [batch]. From a partial cloud to its
     completion it says how faithful the completion is (UHD, Wu et al. 2020)."""
-    return _root(knn(a, b)[0][..., 0]).amax(1)
+    return _root(_nearest(a, b)[0]).amax(1)
 
 
 def earth_mover(

@@ -20,8 +20,8 @@ BLOCK = 1 << 18
 
 def _blocks(query: Tensor, points: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the queries with their squared distances [batch, rows, n] to all points."""
-    rows = max(1, BLOCK // (len(points) * points.shape[1]))
-    for start in range(0, query.shape[1], rows):
+    rows = max(1, BLOCK // max(1, len(points) * points.shape[1]))
+    for start in range(0, max(1, query.shape[1]), rows):
         part = slice(start, start + rows)
         yield part, squared_distances(query[:, part], points)
 

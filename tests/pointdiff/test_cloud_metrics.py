@@ -105,11 +105,12 @@ def test_diversity_and_matching_by_hand():
         metrics.total_mutual_difference(samples[:1])
 
 
-def test_nan_is_never_a_number():
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_is_never_a_number(bad):
     a, b = random_clouds(20, 20)
     for broken, other in ((a, b), (b, a)):
         broken = broken.clone()
-        broken[0, 3, 1] = torch.nan
+        broken[0, 3, 1] = bad
         for x, y in ((broken, other), (other, broken)):
             for metric in (
                 *(lambda p, q, f=form: metrics.chamfer(p, q, f) for form in metrics.FORMS),

@@ -117,6 +117,13 @@ def test_impossible_numbers_are_refused(clouds):
         ops.farthest_points(clouds[0], 71)
 
 
+def test_nothing_has_no_neighbours(clouds):
+    a, b = clouds[:2]
+    for query, points in ((a[:0], b[:0]), (a[:, :0], b)):
+        assert [x.shape for x in ops.knn(query, points, 2)] == [(*query.shape[:2], 2)] * 2
+        assert [len(x) for x in ops.ball_query(query, points, 0.5, 2)] == [len(query)] * 2
+
+
 def test_blocks_are_small(clouds, monkeypatch):
     monkeypatch.setattr(ops, "BLOCK", 500)
     shapes = [d.shape for _, d in ops._blocks(*clouds)]
