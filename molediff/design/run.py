@@ -272,9 +272,11 @@ def design_verb(config: DictConfig, program: Program, progress: Progress | None 
         warnings=warnings,
     )
     lines = [*map("warning: {}".format, warnings), *_told(judge, designs, unguided, config)]
+    lost = {"could not be decoded": made.invalid, "failed": made.failed}
+    lines += [f"{k} of {config.n} {what}: reasons in {file}" for what, k in lost.items() if k]
     valid = sum(d.valid for d in designs)
-    lines += [f"{valid} valid molecules of {config.n} in {sink.file}, best first in "
-              f"{out / 'molecules.csv'} (seed {seed})", f"report: {file}"]  # fmt: skip
+    where = f" in {sink.file}, best first in {out / 'molecules.csv'}" if made.ok else ""
+    lines += [f"{valid} valid molecules of {config.n}{where} (seed {seed})", f"report: {file}"]
     return Outcome(lines, file, made.failed == 0 and valid > 0)
 
 

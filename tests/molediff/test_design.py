@@ -155,6 +155,15 @@ def test_a_far_target_is_tried_when_told_to(runs, tmp_path, capsys):
     assert (tmp_path / "report.html").exists()
 
 
+def test_molecules_that_fail_are_told(runs, tmp_path, capsys):
+    (tmp_path / "own.py").write_text("def none(x, elements, mask): return x.sum((1, 2)) / 0")
+    wishes = ["mass=9", "n=1", f"energy={tmp_path / 'own.py'}:none", "steps=16"]
+    assert cli.main(PROGRAM, words(runs, tmp_path / "out", *wishes)) == 1
+    said = capsys.readouterr().out
+    assert "1 of 1 failed: reasons in" in said
+    assert "molecules.sdf" not in said
+
+
 def test_energies_move_their_own_prediction_towards_the_target(runs):
     """Strong guidance against none, judged by the network that guides."""
     model = molediff.load(runs / "gen")
