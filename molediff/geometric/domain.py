@@ -445,11 +445,11 @@ def visible(data: MoleculeData, properties: Sequence[str], labels: str) -> np.nd
 
 
 def _position_std(data: MoleculeData, most: int = 5000) -> float:
-    """Over the first ``most`` molecules: the constant needs two digits."""
+    """Over the first ``most`` molecules: the constant needs two digits; 1 for single atoms."""
     rows = [np.asarray(m.positions) for m in data.take(np.arange(min(most, len(data))))]
     square = sum(float(((x - x.mean(0)) ** 2).sum()) for x in rows)
     freedoms = sum(3 * max(len(x) - 1, 1) for x in rows)
-    return float((square / freedoms) ** 0.5)
+    return float((square / freedoms) ** 0.5) or 1.0
 
 
 def _closed_shell(data: MoleculeData, least: int = 32) -> bool:

@@ -103,6 +103,13 @@ def test_a_property_that_never_differs_is_refused(tmp_path):
             Molecules(str(tmp_path / "data"), properties=[name]).datasets()
 
 
+def test_single_atoms_have_a_scale(tmp_path):
+    atoms = [Molecule(np.array([z]), np.zeros((1, 3))) for z in (2, 10, 18, 36, 54)]
+    molediff.write(tmp_path / "noble.xyz", atoms)
+    prepare(tmp_path / "noble.xyz", tmp_path / "data")
+    assert Molecules(str(tmp_path / "data")).position_std == 1.0
+
+
 def test_a_model_without_data_says_what_to_do():
     with pytest.raises(ValueError, match="molediff data prepare"):
         Molecules().datasets()
