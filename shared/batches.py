@@ -89,7 +89,8 @@ class Batches(Dataset[NoisyBatch]):
         self.geometries = {n: field.geometry for n, field in process.fields.items()}
         self.count = len(records)  # type: ignore[arg-type]
         if self.count == 0:
-            raise ValueError(f"domain {domain.name}: the {name} set is empty.")
+            remedy = " Set trainer.validate_every=null to do without." * (name == "validation")
+            raise ValueError(f"domain {domain.name}: the {name} set is empty.{remedy}")
         self.share.slice(size)
         lengths = getattr(records, "lengths", None) if shuffle else None
         grouped = lengths is not None and self.count >= size

@@ -118,6 +118,8 @@ class DenoisingModule(lightning.LightningModule):
     # -- data ---------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[NoisyBatch]:
+        if self.settings.validate_every is not None:
+            self._batches("validation")  # an empty set is refused now, not after many steps
         parts = self.settings.accumulate
         numbers = range(self.step * parts, self.settings.max_steps * parts)
         return self._batches("train").loader(numbers, self.settings.workers)

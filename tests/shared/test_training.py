@@ -85,6 +85,15 @@ def train(folder, denoiser=None, domain=None, score=None, **changes):
     return denoiser
 
 
+def test_an_empty_validation_set_is_refused_before_the_first_step(tmp_path):
+    domain = Plane()
+    domain.datasets = lambda: (TensorDataset(domain.points), TensorDataset(domain.points[:0]))
+    with pytest.raises(ValueError, match="validation set is empty. Set trainer.validate_every"):
+        train(tmp_path / "a", domain=domain, log_every=1)
+    assert not list(Run.open(tmp_path / "a").metrics())
+    train(tmp_path / "b", domain=domain, validate_every=None, max_steps=2)
+
+
 def last(folder):
     return checkpoints.load(folder / "checkpoints" / "last")
 
