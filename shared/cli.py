@@ -275,6 +275,7 @@ def overrides(
         key = {"hydra.launcher": "launcher", "hydra/launcher": "launcher"}.get(key, key)
         if key.startswith("request."):
             key = f"++{key}"
+            value = f"'{value}'" if re.fullmatch(r"[^'\",]*[<>][^'\",]*", value) else value
         if quote and key in PATHS and value != "null" and value[:1] not in ("'", '"'):
             value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
         out.append(f"{key}={value}" if equals else word)

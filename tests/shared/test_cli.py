@@ -261,6 +261,13 @@ def test_missing_data_are_named_as_the_verb_takes_them(command, tmp_path, verb):
     assert err.startswith("molediff: data is not set: give a folder")
 
 
+def test_inequalities_may_be_requested():
+    words = ["request.gap=>7", "request.mu=2<mu<3", "request.label=1,2", "request.x='<3'"]
+    assert cli.overrides("sample", words) == [
+        "++request.gap='>7'", "++request.mu='2<mu<3'", "++request.label=1,2", "++request.x='<3'"
+    ]  # fmt: skip
+
+
 def test_a_mistake_does_not_occupy_the_folder(command, toys, tmp_path):
     asked = ["sample", f"run={toys}", "n=2", "steps=4", f"out={tmp_path / 'out'}"]
     assert command(*asked, "solver=ddim", "solver.eta=3")[0] == 2
