@@ -188,6 +188,12 @@ def steer_density(
     denoise: Denoise, process: Process, target: float = 0.3, scale: float = 1000.0
 ) -> Guided:
     """The denoiser, drawn to graphs with a share ``target`` of all possible edges, through its
-    estimate of the clean graph."""
+    estimate of the clean graph.
+
+    Raises:
+        ValueError: the model makes no graphs.
+    """
+    if "edges" not in process.fields:
+        raise ValueError(f"density of edges: the model has only {', '.join(process.fields)}.")
     energy = SquaredError(edge_density, target, name="edge density")
     return Guided(denoise, process, [Term(energy, scale, at="estimate")])

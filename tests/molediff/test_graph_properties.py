@@ -21,6 +21,7 @@ from shared import solvers
 from shared.batches import Batches
 from shared.guidance import Function, Guided, Term
 from shared.optimisation import OptimizerSettings
+from shared.process import Process
 from shared.sampling import Memory, sample
 from shared.schedules import VPLinear
 
@@ -139,3 +140,8 @@ def test_a_trained_network_pulls_the_property(table) -> None:
         for d in (denoiser, guided)
     ]
     assert counts[1] > counts[0] + 1.0, counts
+
+
+def test_density_of_what_is_no_graph_is_refused():
+    with pytest.raises(ValueError, match="density of edges: the model has only x"):
+        steer_density(lambda *_: {}, Process.single(VPLinear()))
