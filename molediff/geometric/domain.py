@@ -320,7 +320,7 @@ class Molecules(Domain[Molecule]):
     def _sizes(
         self, seed: int, indices: Sequence[int], atoms: Any, context: np.ndarray
     ) -> list[int]:
-        if isinstance(atoms, Integral) and atoms >= 1:
+        if isinstance(atoms, Integral) and int(atoms) >= 1:
             return [int(atoms)] * len(indices)
         counts = {int(n): float(count) for n, count in self.statistics()["sizes"].items()}
         if not counts:

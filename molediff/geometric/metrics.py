@@ -82,8 +82,8 @@ def evaluate(
         verdicts = edm_verdicts(solid, single_bonds)
         seen = edm_verdicts([m for m in data if m.positions is not None], single_bonds).smiles
         graphs = [s for m, s in zip(data, data_smiles, strict=True) if s and m.positions is None]
-        keys = {*seen, *(_canonical(s, hydrogens=True) for s in [*texts, *graphs])}
-        scores |= _scores(verdicts, len(items), keys if compared else None, "")
+        before = {*seen, *(_canonical(s, hydrogens=True) for s in [*texts, *graphs])}
+        scores |= _scores(verdicts, len(items), before if compared else None, "")
     verdicts = valence_verdicts(good, perception)
     keys = {*data_smiles, *(_canonical(s) for s in texts)} if compared else None
     scores |= _scores(verdicts, len(items), keys, "_valence")
