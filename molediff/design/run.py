@@ -202,8 +202,20 @@ def design(
 
 
 def _judge(plan: Plan, oracle: str | None, xtb: bool | str) -> Judge:
-    """Everything that was wished for, under the eyes of the oracles."""
+    """Everything that was wished for, under the eyes of the oracles.
+
+    Raises:
+        ConfigurationError: a network that steers is to judge as well.
+    """
     found, scorers = oracles(plan.model, oracle, xtb, plan.wish.scorers), list(plan.wish.scorers)
+    network = found.get("network")
+    if plan.targets and plan.predictor is not None and isinstance(network, NetworkOracle):
+        steering, judging = (p.model.run.folder for p in (plan.predictor, network.predictor))
+        if steering.resolve() == judging.resolve():
+            raise ConfigurationError(
+                f"energies={plan.steering.energies}: it would judge what it steers; name another "
+                "oracle, or oracle=null."
+            )
     if plan.wish.similar is not None:
         scorers.append(similar(plan.wish.similar))
     return Judge(plan.targets, plan.properties, found, plan.composition, scorers)

@@ -123,9 +123,11 @@ def test_wishes_are_read_as_they_were_meant():
         (["mass=9", "score=qed>nan"], "'nan' is not a number"),
         (["mass=9", "score=qed=0.6..0.4"], "empty range"),
         (["mass>"], "mass"),
+        (["mass=9", "energies=ORACLE"], "judge what it steers"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(runs, tmp_path, capsys, wishes, message):
+    wishes = [word.replace("ORACLE", str(runs / "oracle")) for word in wishes]
     assert cli.main(PROGRAM, words(runs, tmp_path / "out", *wishes)) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1
