@@ -354,10 +354,11 @@ class Completion(Domain[Cloud]):
         self, items: Sequence[Cloud | Invalid], reference: Sequence[Cloud] | None = None
     ) -> dict[str, Estimate]:
         """See :func:`pointdiff.metrics.evaluate`. Without ``reference`` cloud i is compared with
-        the truth of test scan i; only 'valid' is known if some failed (their place is lost)."""
+        the truth of test scan i; only 'valid' is known if some failed (their place is lost) or
+        the domain has no data."""
         if reference is None:
             failed = sum(isinstance(item, Invalid) for item in items)
-            if failed:
+            if failed or self.data is None:
                 return {"valid": proportion(len(items) - failed, len(items))}
             reference = [self.truth(i) for i in range(len(items))]
         return evaluate(items, reference)
@@ -369,7 +370,9 @@ class Completion(Domain[Cloud]):
     def compare(
         self, items: Sequence[Cloud | Invalid], reference: Sequence[Cloud] | None = None
     ) -> str:
-        """The first clouds, each beside the scan (where it is known) and the truth."""
+        """The first clouds, each beside the scan (where it is known) and the truth, if any."""
+        if reference is None and self.data is None:
+            return self.view([item for item in items if not isinstance(item, Invalid)])
         shown: dict[str, Cloud] = {}
         for i, item in enumerate(items[:6]):
             if isinstance(item, Invalid):

@@ -102,7 +102,7 @@ VERBS = {
     ),
     "doctor": Verb("say what this installation can do", "shared.doctor:doctor", examples=("",)),
 }
-PATHS = ("out", "run", "path", "reference")
+PATHS = ("out", "run", "path", "reference", "refine", "truth", "report")
 MISTAKES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 

@@ -256,6 +256,9 @@ def test_truth_is_perfect_and_failures_are_counted(domain, tmp_path):
     page = domain.view(truth)
     assert "cloud 4" in page
     assert "scatter3d" in page
+    alone = Completion()
+    assert set(alone.metrics(truth)) == {"valid"}
+    assert "cloud 4" in alone.compare([bad, *truth])
 
 
 def test_a_model_trains_and_keeps_the_features_of_a_scan(domain, monkeypatch):

@@ -55,12 +55,15 @@ def test_a_file_that_is_there_is_replaced_and_a_folder_takes_the_file(sphere, mo
 
 
 def test_completions_replace_their_file_and_the_folder_of_the_report_is_made(sphere):
-    out, page = sphere.with_name("full.ply"), sphere.parent / "new" / "page.html"
+    out, page = sphere.with_name("full.ply"), sphere.parent / "new (1)" / "page.html"
     for seed in (0, 1):
         words = (f"seed={seed}", "steps=2", "points=64", f"report={page}")
         assert run("complete", sphere, "-o", out, *words) == 0
     assert read_one(out).shape == (64, 3)
     assert "completion 0" in page.read_text()
+    words = ("run=shapes", "n=2", "steps=2", "seed=0", "request.points=64", "request.scan=none")
+    assert run("sample", *words, f"out={sphere.parent / 'samples'}") == 0
+    assert run("report", sphere.parent / "samples") == 0  # the model comes without data
 
 
 @pytest.mark.parametrize(
