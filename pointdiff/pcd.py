@@ -1,4 +1,5 @@
-"""PCD files (Point Cloud Library, version 0.7): ascii and binary; the coordinates are read."""
+"""PCD files (Point Cloud Library, version 0.7): ascii, binary and compressed; the coordinates are
+read."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ KINDS = {
     **{f"U{n}": f"<u{n}" for n in (1, 2, 4, 8)},
 }
 MAX_LINE, COUNT_WIDTH = 1 << 16, 12
+MOST_FOLD = 88  # LZF: 264 bytes out of three
 
 
 def read_points(path: Path, most: int) -> Cloud:
@@ -23,7 +25,7 @@ def read_points(path: Path, most: int) -> Cloud:
     they are left out.
 
     Raises:
-        ValueError: a header that lies or is damaged, compressed data, more than ``most`` points.
+        ValueError: a header that lies or is damaged, damaged data, more than ``most`` points.
     """
     with path.open("rb") as file:
         header = _header(file)
@@ -34,9 +36,11 @@ def read_points(path: Path, most: int) -> Cloud:
         form = header["DATA"][0].lower()
         if form == "binary":
             return _seen(_binary(file, count, layout))
+        if form == "binary_compressed":
+            return _seen(_compressed(file, count, layout))
         if form == "ascii":
             return _seen(_ascii(file, count, columns))
-    raise ValueError(f"DATA {form[:30]} is not supported; save it as binary or ascii")
+    raise ValueError(f"DATA {form[:30]} is none of ascii, binary, binary_compressed")
 
 
 def _header(file: BinaryIO) -> dict[str, list[str]]:
@@ -74,7 +78,8 @@ def _layout(header: dict[str, list[str]]) -> tuple[np.dtype, list[int]]:
         names, header["SIZE"], header["TYPE"], repeats, strict=True
     ):
         code = KINDS.get(kind.upper() + size)
-        if code is None or not repeat.isdecimal() or not 0 < int(repeat[:6]) < 10_000:
+        most = 1 if name in ("x", "y", "z") else 9_999
+        if code is None or not repeat.isdecimal() or not 0 < int(repeat[:6]) <= most:
             raise ValueError(f"a field it cannot have: {name[:20]} {kind} {size} {repeat[:20]}")
         kinds.append(code)
         offsets.append(offset)
@@ -98,8 +103,60 @@ def _binary(file: BinaryIO, count: int, layout: np.dtype) -> Cloud:
     if len(data) < count * layout.itemsize:
         raise ValueError(f"its header announces {count:,} points, but the data end before")
     rows = np.frombuffer(data, layout)
+    return _joined([rows[axis] for axis in "xyz"])
+
+
+def _compressed(file: BinaryIO, count: int, layout: np.dtype) -> Cloud:
+    """Two sizes, then the values of one field after the other, compressed."""
+    packed, size = (int.from_bytes(file.read(4), "little") for _ in range(2))
+    data = file.read(packed)
+    if len(data) < packed or size != count * layout.itemsize or size > MOST_FOLD * packed:
+        raise ValueError(
+            f"its header announces {count:,} points of {layout.itemsize} bytes, its data {size:,} "
+            f"bytes in {len(data):,} of {packed:,}"
+        )
+    columns = unpacked(data, size)
+    fields: Any = layout.fields
+    return _joined(
+        [
+            np.frombuffer(columns, kind, count, offset * count)
+            for kind, offset, *_ in (fields[axis] for axis in "xyz")
+        ]
+    )
+
+
+def unpacked(data: bytes, size: int) -> bytes:
+    """Decompress LZF (Lehmann's LibLZF): a control byte below 32 announces so many bytes and one
+    more as they are; another the length and, with the next byte, the distance of a repetition.
+
+    Raises:
+        ValueError: data that do not give ``size`` bytes.
+    """
+    out, place = bytearray(), 0
+    while place < len(data) and len(out) <= size:
+        control = data[place]
+        if control < 32:
+            out += data[place + 1 : place + 2 + control]
+            place += 2 + control
+            continue
+        head = data[place + 1 : place + 2 + (control >= 224)] + bytes(2)
+        length = 2 + (control >> 5) + (head[0] if control >= 224 else 0)
+        start = len(out) - 1 - ((control & 31) << 8) - head[control >= 224]
+        if start < 0:
+            break
+        while length > 0:  # a repetition may run into itself
+            piece = out[start : start + length]
+            out += piece
+            length -= len(piece)
+        place += 2 + (control >= 224)
+    if len(out) != size or place != len(data):
+        raise ValueError("its compressed data are damaged")
+    return bytes(out)
+
+
+def _joined(columns: list[np.ndarray]) -> Cloud:
     with np.errstate(invalid="ignore"):  # a signalling NaN is caught by the cloud's check
-        return np.stack([rows[axis].astype(np.float64) for axis in "xyz"], axis=1)
+        return np.stack([column.astype(np.float64) for column in columns], axis=1)
 
 
 def _ascii(file: BinaryIO, count: int, columns: list[int]) -> Cloud:

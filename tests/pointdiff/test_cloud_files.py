@@ -4,6 +4,7 @@ import time
 import numpy as np
 import pytest
 
+from pointdiff import pcd
 from pointdiff.files import read, read_one, sample_surface, write, write_one
 from pointdiff.ply import write_vertices
 from shared.domains import Invalid
@@ -265,3 +266,56 @@ def test_mutated_ply_files_neither_crash_nor_hang(tmp_path, points):
         if not isinstance(items[0], Invalid):
             assert np.isfinite(items[0]).all()
     assert FUZZ // 4 < refused < FUZZ
+
+
+def compressed(array):
+    """By LibLZF, which h5py holds."""
+    h5py = pytest.importorskip("h5py")
+    with h5py.File("x", "w", driver="core", backing_store=False) as file:
+        made = file.create_dataset("x", data=array, chunks=array.shape, compression="lzf")
+        mask, data = made.id.read_direct_chunk((0,) * array.ndim)
+    assert mask == 0  # else it was not compressed
+    return data
+
+
+@pytest.mark.parametrize("n", [1, 3, 300, 70_000])
+def test_repetitions_are_unpacked(n):
+    raw = np.tile(np.frombuffer(b"point clouds, points", np.uint8), n) + (np.arange(20 * n) // 999)
+    raw = raw.astype(np.uint8)
+    assert pcd.unpacked(compressed(raw) if n > 1 else b"\x13" + raw.tobytes(), 20 * n) == bytes(
+        raw
+    )
+
+
+def packed_pcd(points, data=None, n=None):
+    """Fields x, colour (three bytes), y, z, one field after the other."""
+    fields = [points[:, 0], np.zeros((len(points), 3), np.uint8), points[:, 1], points[:, 2]]
+    raw = np.frombuffer(b"".join(np.ascontiguousarray(f).tobytes() for f in fields), np.uint8)
+    data = compressed(raw) if data is None else data
+    n = len(points) if n is None else n
+    return (
+        b"VERSION 0.7\nFIELDS x colour y z\nSIZE 4 1 4 4\nTYPE F U F F\nCOUNT 1 3 1 1\n"
+        b"WIDTH %d\nHEIGHT 1\nPOINTS %d\nDATA binary_compressed\n" % (n, n)
+        + len(data).to_bytes(4, "little") + len(raw).to_bytes(4, "little") + data
+    )  # fmt: skip
+
+
+def test_compressed_pcd_files_are_read(tmp_path):
+    points = (np.random.default_rng(0).integers(0, 9, (500, 3)) / 4).astype(np.float32)
+    (tmp_path / "a.pcd").write_bytes(packed_pcd(points))
+    np.testing.assert_array_equal(read_one(tmp_path / "a.pcd"), points)
+    good = compressed(np.zeros(7500, np.uint8))
+    for data, n in (
+        (None, 499),
+        (good[:-1], None),
+        (b"\xff\xff" + good[2:], None),
+        (b"", None),
+        (b"\xff" * 99, None),
+    ):
+        (tmp_path / "a.pcd").write_bytes(packed_pcd(points, data, n))
+        (bad,) = read(tmp_path / "a.pcd")
+        assert "announces" in bad.reason or "damaged" in bad.reason
+    content = packed_pcd(points)
+    (tmp_path / "a.pcd").write_bytes(content[:-9])
+    (bad,) = read(tmp_path / "a.pcd")
+    assert "announces" in bad.reason
