@@ -21,7 +21,8 @@ import math
 import os
 import platform
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from fnmatch import fnmatch
 from pathlib import Path
@@ -258,14 +259,28 @@ def _csv(rows: Iterable[tuple[int, str, float]]) -> str:
     return text.getvalue()
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """While this lasts no other process that asks may write the folder, which is made.
+
+    Raises:
+        RunConflict: another process writes it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _locked(folder)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _locked(folder: Path) -> FileLock:
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise RunConflict(
-            f"run {folder} is being written by another process; wait for it, or choose another "
-            "folder."
+            f"{folder} is being written by another process; wait for it, or choose another folder."
         ) from None
     return lock
 

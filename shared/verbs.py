@@ -28,7 +28,7 @@ from shared.domains import Batch, Domain
 from shared.heads import new_head, save_head, train_head
 from shared.judging import evaluate, report
 from shared.models import Model, find_choice, find_device, guided, load, settled
-from shared.runs import Run
+from shared.runs import Run, writing
 from shared.sample_folders import Folder
 from shared.sampling import Memory
 from shared.sampling import sample as run_sampling
@@ -130,23 +130,24 @@ def sample(config: DictConfig, program: Program, progress: Progress | None = Non
     process = model.denoiser.process
     solver = find_choice(chosen["solver"], model.domain, model.checkpoint)
     denoise = guided(config.guidance, model.prepared(solver, device), model.domain)
-    sink = Folder(folder, model.domain, settings)
-    summary = run_sampling(
-        denoise,
-        process,
-        model.domain,
-        config.n,
-        solver,
-        chosen["steps"],
-        find_choice(chosen["grid"], model.domain, model.checkpoint),
-        seed,
-        request=plain(config.request),
-        batch=config.batch,
-        device=device,
-        sink=sink,
-        progress=progress,
-    )
-    sink.finish(summary)
+    with writing(folder):
+        sink = Folder(folder, model.domain, settings)
+        summary = run_sampling(
+            denoise,
+            process,
+            model.domain,
+            config.n,
+            solver,
+            chosen["steps"],
+            find_choice(chosen["grid"], model.domain, model.checkpoint),
+            seed,
+            request=plain(config.request),
+            batch=config.batch,
+            device=device,
+            sink=sink,
+            progress=progress,
+        )
+        sink.finish(summary)
     where = f" in {sink.file}" if summary.ok else ""
     lines = [f"{summary.ok} samples{where} (seed {seed}, {summary.nfe} denoiser calls)"]
     lines += [f"{summary.invalid} of {summary.n} could not be decoded"] * bool(summary.invalid)

@@ -34,6 +34,7 @@ from shared.configuration import ConfigurationError, plain
 from shared.domains import Invalid
 from shared.metrics import Estimate
 from shared.models import STEPS, Model, find_choice, find_device, load, settled
+from shared.runs import writing
 from shared.sample_folders import Folder, read_manifest
 from shared.sampling import Memory, Sink, Summary
 from shared.sampling import sample as run_sampling
@@ -262,14 +263,15 @@ def design_verb(config: DictConfig, program: Program, progress: Progress | None 
         find_device(config.device),
     )
     settings = _settings(plan, chosen) | {"seed": seed, **_chosen(options, ("n", "oracle", "xtb"))}
-    sink = Folder(out, plan.domain, settings, "molecules")
-    unguided = _unguided(model, judge, how, config.baseline, out / "baseline", settings)
-    with Table(judge, config.n) as table:
-        judged = Judged(sink, judge, table, out / "molecules.csv")
-        made = sampled(plan, how, judged)
-    sink.finish(made)
-    designs = finished(model, judged)
-    write_rows(out / "molecules.csv", designs)
+    with writing(out):
+        sink = Folder(out, plan.domain, settings, "molecules")
+        unguided = _unguided(model, judge, how, config.baseline, out / "baseline", settings)
+        with Table(judge, config.n) as table:
+            judged = Judged(sink, judge, table, out / "molecules.csv")
+            made = sampled(plan, how, judged)
+        sink.finish(made)
+        designs = finished(model, judged)
+        write_rows(out / "molecules.csv", designs)
     file = report.write(
         out / "report.html",
         judge,

@@ -19,7 +19,7 @@ from shared.checkpoints import GAMMA
 from shared.cli import VERBS, Converter, Outcome, Verb
 from shared.images.cli import PROGRAM as IMAGEDIFF
 from shared.models import load
-from shared.runs import Run
+from shared.runs import Run, writing
 from shared.variance import load_gamma
 
 FAST = ["trainer.progress=false", "trainer.validate_every=null", "trainer.log_every=5", "seed=1"]
@@ -100,6 +100,15 @@ def test_train_sample_evaluate_report(command, toys, tmp_path):
     page = (tmp_path / "report" / "report.html").read_text()
     assert "loss" in page
     assert "seed-7-" in page
+
+
+def test_samples_are_written_by_one_process_at_a_time(command, toys, tmp_path):
+    words = ("sample", f"run={toys}", "n=3", "steps=2", "seed=0", f"out={tmp_path / 'samples'}")
+    with writing(tmp_path / "samples"):
+        status, _, said = command(*words)
+    assert (status, said.count("\n")) == (2, 1)
+    assert f"{tmp_path / 'samples'} is being written by another process" in said
+    assert command(*words)[0] == 0
 
 
 def test_digits_with_classes_and_guidance(command, digits, tmp_path):
