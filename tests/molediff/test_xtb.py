@@ -88,7 +88,7 @@ def test_a_relaxation_ends_in_a_minimum(capfd):
         (WATER.replace(positions=np.zeros((3, 3))), "atoms 0 and 1 are 0 Angstrom apart"),
         (WATER.replace(positions=WATER.positions * 0.3), "Angstrom apart"),
         (WATER.replace(hydrogens=np.array([1, 0, 0])), "with_hydrogens"),
-        (WATER.replace(charges=np.array([9, 1, 0])), "no valence electron"),
+        (WATER.replace(charges=np.array([8, 0, 0])), "no valence electron"),
         (Molecule(np.array([1]), np.zeros((1, 3)), np.array([-1])), "no empty orbital"),
         (Molecule(np.array([118]), np.zeros((1, 3))), "Z >86"),
         (WATER.replace(positions=np.diag([0.0, 1e4, -1e4])), ""),
