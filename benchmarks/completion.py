@@ -159,17 +159,23 @@ class Table:
 
 
 def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (row["frame"] or "", NAMES.index(row["completion"]), row["calls"] or 0, row["kept"])
+    cost = row["calls"] or row.get("trained_seconds") or 0
+    return (row["frame"] or "", NAMES.index(row["completion"]), cost, row["kept"])
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = [
-        [row["completion"], row["frame"], "yes" if row["kept"] else "", row["calls"], row["n"]]
+        [_name(row), row["frame"], "yes" if row["kept"] else "", row["calls"], row["n"]]
         + [f"{unit * row[key]['value']:.3f}" for key, unit in UNITS.items()]
         + [None if row["seconds"] is None else f"{row['seconds']:.2f}"]
         for row in rows
     ]
     return markdown(COLUMNS, cells)
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    trained = row.get("trained_seconds")
+    return row["completion"] + (f", {trained:,.0f} s" if trained else "")
 
 
 def compare(given: argparse.Namespace) -> None:
