@@ -139,16 +139,17 @@ def unpacked(data: bytes, size: int) -> bytes:
             out += data[place + 1 : place + 2 + control]
             place += 2 + control
             continue
-        head = data[place + 1 : place + 2 + (control >= 224)] + bytes(2)
-        length = 2 + (control >> 5) + (head[0] if control >= 224 else 0)
-        start = len(out) - 1 - ((control & 31) << 8) - head[control >= 224]
+        long = control >= 224  # the rest of the length follows
+        head = data[place + 1 : place + 2 + long] + bytes(2)
+        length = 2 + (control >> 5) + (head[0] if long else 0)
+        start = len(out) - 1 - ((control & 31) << 8) - head[long]
         if start < 0:
             break
         while length > 0:  # a repetition may run into itself
             piece = out[start : start + length]
             out += piece
             length -= len(piece)
-        place += 2 + (control >= 224)
+        place += 2 + long
     if len(out) != size or place != len(data):
         raise ValueError("its compressed data are damaged")
     return bytes(out)

@@ -180,7 +180,8 @@ def settled(
     config: Mapping[str, Any], domain: Domain[Any], checkpoint: checkpoints.Checkpoint
 ) -> dict[str, Any]:
     """``solver``, ``grid`` and ``steps`` of ``config`` with 'auto' and None replaced: by what the
-    checkpoint was published with, if its configuration says so, else by what suits the domain.
+    checkpoint was published with, if its configuration says so, else by what suits the domain, and
+    a grid the solver.
     The published grid and steps go with the published solver only."""
     own = checkpoint.config if _is_auto(config["solver"]) and "solver" in checkpoint.config else {}
     solver = _settle("solver", config["solver"], own, domain.solver)

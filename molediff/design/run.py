@@ -336,7 +336,8 @@ def _unguided(
     if not count:
         return []
     free = Plan(model, Wish(), Steering(energies=None, particles=1))
-    plain_settings = {**settings, "n": count, "wish": Wish().plain(), "steering": {}, "tries": 1}
+    plain_settings = {**settings, "n": count, "wish": Wish().plain(), "steering": {}}
+    plain_settings["tries"] = free.tries
     sink = Folder(out, free.domain, plain_settings, "molecules")
     judged = Judged(sink, judge)
     made = sampled(free, Sampling(**{**vars(how), "n": count}), judged)

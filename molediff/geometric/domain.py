@@ -102,7 +102,8 @@ class Molecules(Domain[Molecule]):
     # these lose least of those in benchmarks/molecules.py
     solver: ClassVar[str] = "dpmpp_2m_sde"
     grid: ClassVar[str] = "time_quadratic"
-    # with two evaluations in each of its long first steps these leave the data far behind
+    # Heun fails on its long first steps (benchmarks/molecules.py); the others of several
+    # evaluations a step are treated alike
     grids: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("Heun", "DPM2", "DPMSolverSinglestep"), "log_snr"
     )

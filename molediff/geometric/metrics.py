@@ -66,10 +66,7 @@ def evaluate(
         ModuleNotFoundError: an extra whose package is not installed.
     """
     items, known = list(molecules), list(reference or [])
-    if isinstance(reference, str):
-        raise TypeError("evaluate: reference is a text: read files with molediff.read")
-    for odd in (item for item in items if not isinstance(item, (Molecule, Invalid))):
-        raise TypeError(f"evaluate: {odd!r:.40} is no Molecule: read files with molediff.read")
+    _check_items(items, reference)
     good = [m for m in items if isinstance(m, Molecule)]
     data = [m for m in known if isinstance(m, Molecule)]
     texts = [s for s in known if isinstance(s, str)]
@@ -80,10 +77,8 @@ def evaluate(
     data_smiles = valence_verdicts(data, perception).smiles
     if solid or not good:
         verdicts = edm_verdicts(solid, single_bonds)
-        seen = edm_verdicts([m for m in data if m.positions is not None], single_bonds).smiles
-        graphs = [s for m, s in zip(data, data_smiles, strict=True) if s and m.positions is None]
-        before = {*seen, *(_canonical(s, hydrogens=True) for s in [*texts, *graphs])}
-        scores |= _scores(verdicts, len(items), before if compared else None, "")
+        before = _edm_keys(data, data_smiles, texts, single_bonds) if compared else None
+        scores |= _scores(verdicts, len(items), before, "")
     verdicts = valence_verdicts(good, perception)
     keys = {*data_smiles, *(_canonical(s) for s in texts)} if compared else None
     scores |= _scores(verdicts, len(items), keys, "_valence")
@@ -92,6 +87,16 @@ def evaluate(
         theirs = [*texts, *(s for s in data_smiles if s)]
         scores |= _extra_scores(extras, (good, own), (data, theirs), perception)
     return scores
+
+
+def _edm_keys(
+    data: Sequence[Molecule], smiles: Sequence[str | None], texts: Sequence[str], single: bool
+) -> set[str | None]:
+    """What counts as known under EDM's rule, ``smiles`` being those of ``data`` under the
+    corrected one, for molecules that are graphs only."""
+    seen = edm_verdicts([m for m in data if m.positions is not None], single).smiles
+    graphs = [s for m, s in zip(data, smiles, strict=True) if s and m.positions is None]
+    return {*seen, *(_canonical(s, hydrogens=True) for s in [*texts, *graphs])}
 
 
 def _canonical(smiles: str, hydrogens: bool = False) -> str | None:
@@ -141,6 +146,14 @@ def ratio(parts: np.ndarray, totals: np.ndarray) -> Estimate:
         return Estimate(value, n, max(0.0, value + spread.low), min(1.0, value + spread.high))
     wilson = proportion(round(value * m), m)
     return Estimate(value, n, min(wilson.low, value), max(wilson.high, value))
+
+
+def _check_items(items: Sequence[object], reference: object) -> None:
+    if isinstance(reference, str):
+        raise TypeError("evaluate: reference is a text: read files with molediff.read")
+    odd = [item for item in items if not isinstance(item, (Molecule, Invalid))]
+    if odd:
+        raise TypeError(f"evaluate: {odd[0]!r:.40} is no Molecule: read files with molediff.read")
 
 
 def _check_extras(extras: Sequence[str], has_reference: bool, has_molecules: bool) -> None:

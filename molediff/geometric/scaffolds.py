@@ -143,8 +143,7 @@ class Keep(Solver):
         return self.solver.intervals(nfe // self.resamples)
 
     def calls(self, process: Process, times: Sequence[float]) -> int | None:
-        known = known_first(self.value, self.value)
-        return RePaint(self.solver, known, self.jump, self.resamples).calls(process, times)
+        return self._around(self.value).calls(process, times)
 
     def solve(
         self,
@@ -157,8 +156,10 @@ class Keep(Solver):
         after: After | None = None,
     ) -> State:
         """See :meth:`shared.solvers.base.Solver.solve`."""
-        inner = RePaint(self.solver, known_first(self.value, x), self.jump, self.resamples)
-        return inner.solve(process, denoise, x, times, draw, project, after)
+        return self._around(x).solve(process, denoise, x, times, draw, project, after)
+
+    def _around(self, x: State) -> RePaint:
+        return RePaint(self.solver, known_first(self.value, x), self.jump, self.resamples)
 
 
 @dataclass(frozen=True)
