@@ -40,7 +40,7 @@ from pointdiff.clouds import Cloud, Frame, resample
 from pointdiff.completion import Completer, load
 from pointdiff.data import Augmentation
 from pointdiff.domain import Completion
-from pointdiff.merging import merge
+from pointdiff.merging import kept
 from pointdiff.metrics import evaluate
 from pointdiff.ops import knn
 from pointdiff.scanning import Scanner
@@ -107,11 +107,6 @@ class Scans:
         best = int(torch.cat(gaps).argmin())
         shape = self.frames[best].enter(self.domain.shapes[self.rows[best]])
         return resample(place.leave(shape), len(scan), stream(0, 0, "nearest", 0))
-
-
-def kept(cloud: Cloud, scan: Cloud) -> Cloud:
-    """Points of the scan in place of those that lie on it."""
-    return merge(torch.from_numpy(cloud), torch.from_numpy(scan)).numpy()
 
 
 class Table:

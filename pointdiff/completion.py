@@ -12,6 +12,7 @@ import numpy as np
 from pointdiff import refinement
 from pointdiff.clouds import Cloud, Frame, check, placed
 from pointdiff.domain import Completion
+from pointdiff.merging import kept
 from shared import models
 from shared.domains import Invalid
 from shared.models import Model
@@ -65,8 +66,15 @@ class Completer:
             settings["frame"] = "data" if given else "scan"
         factor = 1 if self.refiner is None else refinement.factor(self.refiner)
         size = {} if points is None else {"points": -(-_whole("points", points) // factor)}
+        alone = self.refiner is None  # else what was seen is put in place after refining
         items = self.model.sample(
-            samples, steps=steps, seed=seed, scan=place.enter(cloud), keep=keep, **size, **settings
+            samples,
+            steps=steps,
+            seed=seed,
+            scan=place.enter(cloud),
+            keep=keep and alone,
+            **size,
+            **settings,
         )
         for item in items:
             if isinstance(item, Invalid):
@@ -74,7 +82,8 @@ class Completer:
         clouds = [place.leave(np.asarray(item)) for item in items]
         if self.refiner is None:
             return clouds
-        return [refinement.refine(self.refiner, c, cloud)[:points] for c in clouds]
+        refined = [refinement.refine(self.refiner, c, cloud)[:points] for c in clouds]
+        return [kept(c, cloud) for c in refined] if keep else refined
 
     def frame(self, scan: Cloud, frame: str = "auto") -> str:
         """'own' or 'given': the ``frame`` in which ``scan`` is completed.

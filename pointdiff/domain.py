@@ -40,10 +40,10 @@ from shared.configuration import reject_unknown
 from shared.domains import Batch, Domain, Invalid
 from shared.metrics import Estimate, proportion
 from shared.process import State
-from shared.randomness import stream
+from shared.randomness import Draws, even_normal, stream
 
 FRAMES = ("scan", "data", "both")
-REQUESTS = ("scan", "split", "points", "keep", "label", "frame")
+REQUESTS = ("scan", "split", "points", "keep", "label", "frame", "even")
 
 
 class Completion(Domain[Cloud]):
@@ -226,14 +226,19 @@ class Completion(Domain[Cloud]):
         - ``frame``: of models that know both: 'data': coordinates are those of the data, centre 0
           and radius 1 of the whole; by default that of the scan;
         - ``points``: of a completion;
-        - ``keep``: false: do not put points of the scan in place of generated ones.
+        - ``keep``: false: do not put points of the scan in place of generated ones;
+        - ``even``: false: independent noise for every point. By default the first completion of a
+          scan starts from noise that is spread evenly (:func:`shared.randomness.even_normal`),
+          which makes it a typical one; further ones are independent draws.
         """
         reject_unknown("completion, request", request, REQUESTS)
-        points, keep = request.get("points", self.points), request.get("keep", True)
+        points = request.get("points", self.points)
+        keep, even = request.get("keep", True), request.get("even", True)
         if not isinstance(points, int) or points < 1:
             raise ValueError(f"request.points={points}: give a whole number of at least 1.")
-        if not isinstance(keep, bool):
-            raise ValueError(f"request.keep={keep}: give true or false.")
+        for key, value in (("keep", keep), ("even", even)):
+            if not isinstance(value, bool):
+                raise ValueError(f"request.{key}={value}: give true or false.")
         state = {"x": torch.zeros(len(indices), points, 3)}
         label = self._label(request.get("label"))
         frame = self._settled(request.get("frame"))
@@ -241,11 +246,15 @@ class Completion(Domain[Cloud]):
         if isinstance(scan, str) and scan == "none":
             return Batch(state, cond=self._nothing(len(indices), label))
         if scan is None:
-            known = self._known(indices, request.get("split", "test"), frame)
+            split = request.get("split", "test")
+            known = self._known(indices, split, frame)
+            count = len(self.test) if split == "test" else None
         else:
+            scans = self._scans(scan)
             known = [
-                (p._replace(label=label), c) for p, c in self._given(scan, seed, indices, frame)
+                (p._replace(label=label), c) for p, c in self._given(scans, seed, indices, frame)
             ]
+            count = len(scans)
         cond = self._condition([pair for pair, _ in known])
         if keep:  # what takes the place of generated points
             most = max(points, self.partial_points)
@@ -254,7 +263,17 @@ class Completion(Domain[Cloud]):
                 for i, (_, seen) in zip(indices, known, strict=True)
             ]
             cond["kept"] = torch.from_numpy(np.stack(kept))
-        return Batch(state, cond=cond)
+        noise = self._noise(state["x"], seed, indices, count) if even else None
+        return Batch(state, cond=cond, noise=noise)
+
+    @staticmethod
+    def _noise(like: Tensor, seed: int, indices: Sequence[int], count: int | None) -> State:
+        """Even noise for the samples before ``count`` (None: all), independent for the others."""
+        noise = Draws(seed, indices).normal("x", 0, like)
+        for row, i in enumerate(indices):
+            if count is None or i < count:
+                noise[row] = even_normal(len(like[row]), 3, stream(seed, i, "template", 2))
+        return {"x": noise}
 
     def _known(self, indices: Sequence[int], split: str, frame: str) -> list[tuple[Pair, Cloud]]:
         """Pairs of the data, and what is seen in each."""
@@ -268,10 +287,9 @@ class Completion(Domain[Cloud]):
         return [(pair, pair.partial[pair.partial[:, 3] > 0, :3]) for pair in pairs]
 
     def _given(
-        self, path: str | Cloud, seed: int, indices: Sequence[int], frame: str
+        self, scans: Sequence[Cloud], seed: int, indices: Sequence[int], frame: str
     ) -> list[tuple[Pair, Cloud]]:
         """Scans of the user, and all points of each."""
-        scans = self._scans(path)
         chosen = [scans[i % len(scans)] for i in indices]
         pairs = [self.enter(scan, seed, i, frame) for scan, i in zip(chosen, indices, strict=True)]
         return [(p, p.frame.enter(scan)) for p, scan in zip(pairs, chosen, strict=True)]

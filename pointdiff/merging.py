@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pointdiff.clouds import Cloud
 from pointdiff.ops import farthest_points, knn, take
 
 REACH = 5.0
@@ -30,3 +31,9 @@ def merge(generated: Tensor, scan: Tensor, reach: float = REACH) -> Tensor:
         return generated
     kept = take(scan[None], farthest_points(scan[None], count))[0]
     return torch.cat([kept, generated[order[count:].sort().values]])
+
+
+def kept(cloud: Cloud, scan: Cloud) -> Cloud:
+    """:func:`merge` of arrays [n, 3] and [m, 3]."""
+    merged: Cloud = merge(torch.from_numpy(cloud), torch.from_numpy(scan)).numpy()
+    return merged

@@ -109,19 +109,21 @@ def latents(
     domain: Completion,
     schedule: Schedule,
     sigma_data: float = 0.5,
-    mean: float = 1.0,
-    std: float = 0.9,
+    mean: float = 0.4,
+    std: float = 1.3,
     **network: Any,
 ) -> Denoiser:
     """:class:`pointdiff.transformer.LatentTransformer` with EDM's preconditioning.
 
     Args:
-        mean, std: of the log-SNR, log(alpha/sigma), in training.
+        mean, std: of the log-SNR, log(alpha/sigma), in training, where it stays within the
+            schedule's.
         network: arguments of the transformer.
     """
     head = Head(KarrasPreconditioned(sigma_data), Native())
     classes = len(domain.class_names) + 1 if domain.class_names else 0
     made = LatentTransformer(sigma_data=sigma_data, classes=classes, **network)
     backbone = CompletionBackbone(made)
-    times = NormalLogSNR(mean, std, -2.0, 5.0)
+    low, high = (float(schedule.log_snr(t)) for t in (schedule.t_max, schedule.t_min))
+    times = NormalLogSNR(mean, std, low, high)
     return Denoiser(backbone, Process.single(schedule), head, TimeCode("log_snr"), times)

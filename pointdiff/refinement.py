@@ -1,9 +1,10 @@
 """Training the refinement network of PDR, and using it (Lyu et al. 2022, Section 3.3).
 
 Completions of the training scans are drawn once with a trained model,
-``pointdiff sample run=RUN domain.data=FILE request.split=train n=4000 out=coarse``; then
-``pointdiff train experiment=completion_refine domain.coarse=coarse`` learns to move their points
-and to put more points around them, and ``pointdiff complete scan.ply refine=RUN`` uses it.
+``pointdiff sample run=RUN data=FILE request.split=train request.keep=false n=4000 out=coarse``;
+then ``pointdiff train experiment=completion_refine domain.data=FILE domain.coarse=coarse`` learns
+to move their points and to put more points around them, and ``pointdiff complete scan.ply
+refine=RUN`` uses it.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class Refining(Completion):
     """Coarse completions to be refined.
 
     Args:
-        coarse: sample folder made with ``request.split=train`` from the same data.
+        coarse: sample folder made with ``request.split=train request.keep=false`` from the same
+            data.
         factor: refined points per coarse one; they are compared with at most 4096 of the truth.
         others: of :class:`pointdiff.domain.Completion`; ``points`` are those of a coarse cloud.
     """
@@ -73,6 +75,11 @@ class Refining(Completion):
         asked = json.loads(file.read_text(encoding="utf-8"))["request"] if file.exists() else {}
         if asked.get("split") != "train":
             raise ValueError(f"domain.coarse={folder}: no samples with request.split=train.")
+        if asked.get("keep", True):
+            raise ValueError(
+                f"domain.coarse={folder}: points of the scans are in them already; draw samples "
+                "with request.keep=false."
+            )
         numbers = [r.index for r in read_manifest(folder) if r.status == "ok"]
         clouds = list(self.read(folder / f"samples{self.suffix}"))
         return np.array(numbers), np.stack([np.asarray(cloud) for cloud in clouds])

@@ -28,11 +28,13 @@ class Invalid:
 @dataclass(frozen=True)
 class Batch:
     """Dense padded arrays. ``state``: field -> [batch, ...]; ``mask`` [batch, nodes] boolean or
-    None; ``cond``: name -> [batch, ...]."""
+    None; ``cond``: name -> [batch, ...]; ``noise``: the standard normals that sampling starts
+    from, field -> [batch, ...], where a domain has better ones than independent draws."""
 
     state: State
     mask: Tensor | None = None
     cond: Mapping[str, Tensor] = field(default_factory=dict)
+    noise: State | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.state.values())))
@@ -42,6 +44,7 @@ class Batch:
             {k: v.to(device) for k, v in self.state.items()},
             None if self.mask is None else self.mask.to(device),
             {k: v.to(device) for k, v in self.cond.items()},
+            None if self.noise is None else {k: v.to(device) for k, v in self.noise.items()},
         )
 
 

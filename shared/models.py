@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic
 
@@ -154,9 +154,10 @@ def load(
     """
     opened = Run.open(run)
     stored = checkpoints.load(opened.checkpoint(checkpoint))
-    config = OmegaConf.create(dict(stored.config))
     if data is not None:
-        config.domain.data = str(data)
+        own = {**stored.config["domain"], "data": str(data)}
+        stored = replace(stored, config={**stored.config, "domain": own})
+    config = OmegaConf.create(dict(stored.config))
     domain = build(config.domain)
     domain.restore(stored.statistics)
     denoiser = build(config.model, domain=domain, schedule=build(config.schedule))

@@ -150,7 +150,8 @@ class Job:
             return self.process.fields[name].geometry.project(x, mask)
 
         # draw 0 of every field is the start; the solver's draw j is number j + 1
-        start = self.process.prior({name: normal(name, 0) for name in batch.state})
+        white = batch.noise or {name: normal(name, 0) for name in batch.state}
+        start = self.process.prior(white)
         with torch.no_grad():
             state = self.solver.solve(
                 self.process,

@@ -111,7 +111,7 @@ def _score(
 
 def sample(config: DictConfig, program: Program, progress: Progress | None = None) -> Outcome:
     """Generate ``config.n`` samples with the run ``config.run``."""
-    model = load(config.run, config.checkpoint)
+    model = load(config.run, config.checkpoint, config.data)
     program.check_domain(model.checkpoint.config["domain"])
     folder, seed = _sample_folder(config, model.run)
     chosen = settled(config, model.domain, model.checkpoint)

@@ -128,8 +128,10 @@ REFINER = [word for word in TINY if not word.startswith(("model.time", "domain.p
 def test_refinement_trains_on_completions_of_training_scans_and_multiplies_points(made, capsys):
     data = f"domain.data={made / 'shapes.npz'}"
     coarse = made / "coarse"
-    words = ("request.split=train", "n=7", "steps=2", "seed=0", f"out={coarse}")
-    assert run("sample", f"run={made / 'run'}", *words) == 0
+    words = ("request.split=train", "n=7", "steps=2", "seed=0")
+    sample = ("sample", f"run={made / 'run'}", *words)
+    assert run(*sample, "request.keep=false", f"out={coarse}") == 0
+    assert run(*sample, f"out={made / 'kept'}") == 0
     words = (f"domain.coarse={coarse}", "domain.factor=4", f"out={made / 'refiner'}")
     settings = [data, "domain.points=64", *words, *REFINER]
     assert run("train", "experiment=completion_refine", *settings) == 0
@@ -138,6 +140,9 @@ def test_refinement_trains_on_completions_of_training_scans_and_multiplies_point
     cloud = completer.complete(scan, points=250, steps=2, seed=0)[0]
     assert cloud.shape == (250, 3)
     assert np.abs(cloud - 100).max() < 40
+    free = completer.complete(scan, points=250, steps=2, seed=0, keep=False)[0]
+    hits = [int(np.isin(c, scan).all(1).sum()) for c in (cloud, free)]
+    assert hits[0] > hits[1] == 0  # the points of the scan are put in place after refining
     domain = completer.refiner.domain
     pair, first = domain.datasets()[0][0]
     assert pair.complete.shape == (256, 3)
@@ -148,8 +153,24 @@ def test_refinement_trains_on_completions_of_training_scans_and_multiplies_point
         load(made / "run", refine=made / "run")
     assert run("train", "experiment=completion_refine", data, f"domain.coarse={made}") == 2
     assert "no samples with request.split=train" in capsys.readouterr().err
+    assert (
+        run("train", "experiment=completion_refine", data, f"domain.coarse={made / 'kept'}") == 2
+    )
+    assert "draw samples with request.keep=false" in capsys.readouterr().err
     assert run("train", "experiment=completion_refine", data, f"out={made / 'none'}") == 2
     assert "domain.coarse is not set" in capsys.readouterr().err
+
+
+def test_samples_of_a_shared_model_with_data_of_ones_own(made, capsys):
+    assert run("share", f"run={made / 'run'}", f"out={made / 'shared'}") == 0
+    words = ("sample", f"run={made / 'shared'}", "n=2", "steps=2", "seed=0")
+    assert run(*words, f"out={made / 'no-data'}") == 2
+    assert "domain.data is not set" in capsys.readouterr().err
+    out = made / "with-data"
+    assert run(*words, f"data={made / 'shapes.npz'}", f"out={out}") == 0
+    capsys.readouterr()
+    assert run("evaluate", out) == 0
+    assert "chamfer_l2" in capsys.readouterr().out
 
 
 def read(path):

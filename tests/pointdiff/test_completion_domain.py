@@ -10,6 +10,7 @@ from pointdiff.models import latents, pdr
 from pointdiff.ops import knn
 from pointdiff.scanning import Scanner
 from shared.domains import Invalid
+from shared.randomness import Draws
 from shared.schedules import VPCosine
 
 BRANCH = {
@@ -147,6 +148,28 @@ def test_templates_are_the_test_scans_or_those_of_a_file(domain, tmp_path):
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             domain.template(0, [0], **request)
+
+
+def test_the_first_completion_of_a_scan_starts_from_even_noise(domain, own, tmp_path):
+    def evenness(batch):  # 0.01 for even noise of 64 points, 0.1 for independent noise
+        return batch.noise["x"].mean(1).abs().mean(1)
+
+    scan = own.shapes[2]
+    several = domain.template(0, [0, 1, 2], scan=scan)
+    assert (evenness(several) < 0.03).tolist() == [True, False, False]
+    count = len(domain.test)
+    assert (evenness(domain.template(0, [0, count - 1, count])) < 0.03).tolist() == [
+        True, True, False,
+    ]  # fmt: skip
+    later = [0, 5, 1000]
+    assert (evenness(domain.template(0, later, split="train")) < 0.03).all()
+    one = domain.template(0, [2], scan=scan)
+    assert torch.equal(one.noise["x"][0], several.noise["x"][2])
+    drawn = Draws(0, [2]).normal("x", 0, one.state["x"])
+    assert torch.equal(one.noise["x"], drawn)
+    assert domain.template(0, [0], scan=scan, even=False).noise is None
+    with pytest.raises(ValueError, match="request.even=1: give true or false"):
+        domain.template(0, [0], even=1)
 
 
 def test_by_default_all_is_in_the_frame_of_the_scan(own, domain):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from shared.geometry import CentredPoints, SymmetricEdges
-from shared.randomness import Draws
+from shared.randomness import Draws, even_normal, stream
 
 
 def test_a_sample_sees_the_same_numbers_in_any_batch_and_order() -> None:
@@ -57,6 +57,26 @@ def test_the_numbers_are_standard_normal_and_uncorrelated_between_draws() -> Non
     assert float(u.mean()) == pytest.approx(0.5, abs=4 * (1 / 12 / 2000) ** 0.5)
     assert 0.0 <= float(u.min())
     assert float(u.max()) < 1.0
+
+
+@pytest.mark.parametrize("n", [100, 1024, 3000])
+def test_even_noise_is_normal_and_more_even_than_independent_noise(n) -> None:
+    even = even_normal(n, 3, stream(0, 0, "even", 0)).double()
+    loose = torch.from_numpy(stream(0, 1, "even", 0).standard_normal((n, 3)))
+    for quantile in (0.1, 0.5, 0.9):
+        exact = torch.special.ndtri(torch.tensor(quantile, dtype=torch.float64))
+        assert (even < exact).double().mean(0).sub(quantile).abs().max() < 3 / n**0.75
+    assert even.mean(0).norm() < 0.3 * loose.mean(0).norm()
+    covariance = [x.T @ x / n - torch.eye(3) for x in (even, loose)]
+    assert covariance[0].norm() < 0.5 * covariance[1].norm()
+    # neighbours in the list are not neighbours in space: any part of it will do
+    assert even[: n // 2].mean(0).norm() < 4 / n**0.5
+
+
+def test_even_noise_belongs_to_its_stream() -> None:
+    one, again, other = (even_normal(64, 3, stream(0, i, "even", 0)) for i in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert (one - other).abs().min() > 0
 
 
 def test_negative_seeds_are_refused() -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,26 @@ def test_a_sample_is_the_same_in_every_order(whole):
     draw(indices=[7, 2, 9], batch=2, sink=sink)
     assert sorted(sink.items) == [2, 7, 9]
     assert all(np.array_equal(sink.items[i], whole[i]) for i in (2, 7, 9))
+
+
+class Placed(Toys):
+    """Brings its own noise to start from."""
+
+    def template(self, seed, indices, **request):
+        batch = super().template(seed, indices, **request)
+        return replace(batch, noise={"x": torch.tensor(indices)[:, None] * torch.ones(2)})
+
+
+def test_a_domain_may_choose_the_noise_that_sampling_starts_from():
+    sink = Memory()
+    draw(3, domain=Placed(), solver=DPMSolverMultistep(), steps=8, sink=sink)
+    state = {"x": torch.arange(3.0)[:, None] * torch.ones(2)}
+    times = time_grid(PROCESS, DPMSolverMultistep(), LogSNRTimes(), 8)
+    wanted = DPMSolverMultistep().solve(
+        PROCESS, exact(Toys()), PROCESS.prior(state), times, None, None
+    )
+    for i in range(3):
+        np.testing.assert_allclose(sink.items[i], wanted["x"][i].numpy(), atol=1e-4)
 
 
 def test_samples_and_seeds_differ(whole):
