@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from pointdiff import refinement
-from pointdiff.clouds import Cloud, Frame, check, placed
+from pointdiff.clouds import Cloud, Frame, check, placed, resample
 from pointdiff.domain import Completion
 from pointdiff.merging import kept
 from shared import models
 from shared.domains import Invalid
 from shared.models import Model
+from shared.randomness import stream
 
 FRAMES = ("auto", "own", "given")
 
@@ -42,7 +43,8 @@ class Completer:
         """Complete clouds, float32 [points, 3], in the coordinates of ``scan`` [n, 3].
 
         Args:
-            samples: how many different completions.
+            samples: how many different completions; the first is a typical one, the others are
+                drawn freely (see ``even`` of :meth:`pointdiff.domain.Completion.template`).
             points: of each. With a refiner the model makes a part of them, from which the refiner
                 makes them all; without one the model makes all of them itself.
             frame: 'own': where the scan lies says nothing about what it does not show; 'given':
@@ -83,7 +85,12 @@ class Completer:
         if self.refiner is None:
             return clouds
         refined = [refinement.refine(self.refiner, c, cloud)[:points] for c in clouds]
-        return [kept(c, cloud) for c in refined] if keep else refined
+        if not keep:
+            return refined
+        most = max(len(refined[0]), self._domain.partial_points)  # as without a refiner
+        if len(cloud) > most:
+            cloud = resample(cloud, most, stream(seed or 0, 0, "completion", 0))
+        return [kept(c, cloud) for c in refined]
 
     def frame(self, scan: Cloud, frame: str = "auto") -> str:
         """'own' or 'given': the ``frame`` in which ``scan`` is completed.

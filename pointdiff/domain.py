@@ -242,19 +242,15 @@ class Completion(Domain[Cloud]):
         state = {"x": torch.zeros(len(indices), points, 3)}
         label = self._label(request.get("label"))
         frame = self._settled(request.get("frame"))
-        scan = request.get("scan")
+        scan, split = request.get("scan"), request.get("split", "test")
         if isinstance(scan, str) and scan == "none":
             return Batch(state, cond=self._nothing(len(indices), label))
         if scan is None:
-            split = request.get("split", "test")
             known = self._known(indices, split, frame)
             count = len(self.test) if split == "test" else None
         else:
             scans = self._scans(scan)
-            known = [
-                (p._replace(label=label), c) for p, c in self._given(scans, seed, indices, frame)
-            ]
-            count = len(scans)
+            known, count = self._given(scans, seed, indices, frame, label), len(scans)
         cond = self._condition([pair for pair, _ in known])
         if keep:  # what takes the place of generated points
             most = max(points, self.partial_points)
@@ -287,12 +283,15 @@ class Completion(Domain[Cloud]):
         return [(pair, pair.partial[pair.partial[:, 3] > 0, :3]) for pair in pairs]
 
     def _given(
-        self, scans: Sequence[Cloud], seed: int, indices: Sequence[int], frame: str
+        self, scans: Sequence[Cloud], seed: int, indices: Sequence[int], frame: str, label: int
     ) -> list[tuple[Pair, Cloud]]:
         """Scans of the user, and all points of each."""
-        chosen = [scans[i % len(scans)] for i in indices]
-        pairs = [self.enter(scan, seed, i, frame) for scan, i in zip(chosen, indices, strict=True)]
-        return [(p, p.frame.enter(scan)) for p, scan in zip(pairs, chosen, strict=True)]
+        known = []
+        for i in indices:
+            scan = scans[i % len(scans)]
+            pair = self.enter(scan, seed, i, frame)._replace(label=label)
+            known.append((pair, pair.frame.enter(scan)))
+        return known
 
     def enter(self, scan: Cloud, seed: int, index: int, frame: str | None = None) -> Pair:
         """A scan [any, 3] as a condition, resampled to the number of points in training, with

@@ -46,6 +46,14 @@ def test_the_baselines_are_in_the_table(shapes, monkeypatch, capsys):
     f1 = {key: row["f1"]["value"] for key, row in rows.items()}
     assert f1["nearest training shape", True] > f1["encoder-decoder", False]
     assert "| nearest training shape | given | yes |" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*words, "--pcn-seconds", "0.2", "--all"])
+    completion.main()
+    found = json.loads((out / "completion.json").read_text())["rows"]
+    whole = [row for row in found if row["n"] == 4]
+    assert len(whole) == 6
+    assert all(row["kept"] for row in whole if row["completion"] != "the scan")
+    assert 0 < min(row["chamfer_l2_median"] for row in found)
+    assert capsys.readouterr().out.count("<details>") == 6  # the other rows are folded away
 
 
 def test_the_encoder_decoder_gives_clouds_in_the_coordinates_of_the_scan(shapes):
