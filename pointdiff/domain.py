@@ -109,7 +109,10 @@ class Completion(Domain[Cloud]):
             ValueError: the domain has no data.
         """
         if self.data is None:
-            raise ValueError("domain.data is not set: give an .npz of shapes or a folder.")
+            raise ValueError(
+                "domain.data is not set: give an .npz of shapes or a folder ('sample': data= for "
+                "test scans, or request.scan=)."
+            )
         shapes = load_shapes(self.data)
         if self.views is not None:
             shapes.take_views(self.views, self.scan)

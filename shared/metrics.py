@@ -20,7 +20,9 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}] (n={self.n})"
+        known = math.isfinite(self.low) or math.isfinite(self.high)
+        interval = f" [{self.low:.4g}, {self.high:.4g}]" if known else ""
+        return f"{self.value:.4g}{interval} (n={self.n})"
 
     def __float__(self) -> float:
         return self.value

@@ -27,6 +27,11 @@ def test_intervals_cover_the_truth_about_95_times_in_100() -> None:
     assert np.mean(hits) == pytest.approx(0.95, abs=0.02)
 
 
+def test_an_interval_is_shown_where_there_is_one() -> None:
+    assert str(mean([2.0])) == "2 (n=1)"
+    assert str(proportion(1, 2)) == "0.5 [0.09453, 0.9055] (n=2)"
+
+
 def test_nan_is_never_hidden() -> None:
     assert math.isnan(mean([1.0, math.nan]).value)
     assert math.isnan(proportion(0, 0).value)
