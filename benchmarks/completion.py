@@ -17,9 +17,9 @@ is known. The nearest shape is then that whose scan, centred and scaled as this 
 Chamfer-L2 (mean squared distance to the nearest point, both ways, added) is times 1e4, EMD (mean
 distance, exact) times 1e2, F1 at a squared distance of 1e-4; of shapes with largest radius 1, so
 that Chamfer is four times, and EMD twice, what it is in a unit cube. Means over the first n test
-shapes, one fixed scan of each; standard errors are in the JSON. A few scans that hardly say how
-far the shape reaches make most of the mean of Chamfer, hence its median. Rows that the folder has
-already are kept, those of the model as long as its weights are the same.
+shapes, one fixed scan of each; standard errors are in the JSON. A few scans may make most of the
+mean of Chamfer, hence its median. Rows that the folder has already are kept, those of the model
+as long as its weights are the same.
 """
 
 from __future__ import annotations

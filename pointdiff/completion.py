@@ -68,15 +68,9 @@ class Completer:
             settings["frame"] = "data" if given else "scan"
         factor = 1 if self.refiner is None else refinement.factor(self.refiner)
         size = {} if points is None else {"points": -(-_whole("points", points) // factor)}
-        alone = self.refiner is None  # else what was seen is put in place after refining
+        settings["keep"] = keep and self.refiner is None  # else after refining
         items = self.model.sample(
-            samples,
-            steps=steps,
-            seed=seed,
-            scan=place.enter(cloud),
-            keep=keep and alone,
-            **size,
-            **settings,
+            samples, steps=steps, seed=seed, scan=place.enter(cloud), **size, **settings
         )
         for item in items:
             if isinstance(item, Invalid):
@@ -85,12 +79,14 @@ class Completer:
         if self.refiner is None:
             return clouds
         refined = [refinement.refine(self.refiner, c, cloud)[:points] for c in clouds]
-        if not keep:
-            return refined
-        most = max(len(refined[0]), self._domain.partial_points)  # as without a refiner
-        if len(cloud) > most:
-            cloud = resample(cloud, most, stream(seed or 0, 0, "completion", 0))
-        return [kept(c, cloud) for c in refined]
+        return self._kept(refined, cloud) if keep else refined
+
+    def _kept(self, clouds: list[Cloud], scan: Cloud) -> list[Cloud]:
+        """With points of the scan, of which no more are looked at than without a refiner."""
+        most = max(len(clouds[0]), self._domain.partial_points)
+        if len(scan) > most:
+            scan = resample(scan, most, stream(0, 0, "completion", 0))
+        return [kept(cloud, scan) for cloud in clouds]
 
     def frame(self, scan: Cloud, frame: str = "auto") -> str:
         """'own' or 'given': the ``frame`` in which ``scan`` is completed.
