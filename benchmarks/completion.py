@@ -6,9 +6,9 @@
 
 The scan itself, the scan with its mirror image, and the nearest training shape are the baselines;
 --pcn-seconds trains an encoder-decoder (benchmarks/pcn.py) for so much processor time on the same
-pairs, or takes it from --pcn-file, where it keeps it. Every cloud has as many points as the scan.
-"Kept" says that points on the scan were replaced by points of it, as `pointdiff complete` does by
-default; the same is done for every baseline.
+pairs, and keeps it in --pcn-file, from which a later call takes it, or trains it on. Every cloud
+has as many points as the scan. "Kept" says that points on the scan were replaced by points of it,
+as `pointdiff complete` does by default; the same is done for every baseline.
 
 Frame "given": the scan lies as in the published benchmarks, centre 0 and largest radius 1 being
 those of the whole, which tells how far the hidden part reaches. Frame "own": nothing but the scan

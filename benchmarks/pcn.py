@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -48,17 +49,25 @@ class EncoderDecoder(nn.Module):
         return coarse, (centres + self.fold(moved)).flatten(1, 2)
 
 
-def train(domain: Completion, seconds: float, seed: int = 0, batch: int = 16) -> EncoderDecoder:
-    """Train for so many seconds of processor time; the rate falls over the last 40 %."""
+def initial(seed: int = 0) -> EncoderDecoder:
+    """The network before training."""
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(seed)
-        network = EncoderDecoder()
+        return EncoderDecoder()
+
+
+def train(
+    network: EncoderDecoder, domain: Completion, seconds: float, spent: float = 0, batch: int = 16
+) -> None:
+    """Train for so many seconds of processor time; the rate falls over the last 40 %. ``spent``:
+    seconds of a training before this one."""
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    pairs, begun = domain.datasets()[0], time.process_time()
+    seed, pairs, begun = round(spent), domain.datasets()[0], time.process_time()
     for step in count():
-        done = (time.process_time() - begun) / seconds
+        passed = time.process_time() - begun
+        done = passed / seconds
         if done >= 1:
-            return network.eval()
+            return
         own = stream(seed, step, "pcn", 0)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(own.integers(2**62)))
@@ -68,7 +77,8 @@ def train(domain: Completion, seconds: float, seed: int = 0, batch: int = 16) ->
         chosen = torch.from_numpy(own.permutation(fine.shape[1])[: domain.points])
         truth = found.state["x"]
         # the published weight of the fine cloud rises during training
-        loss = chamfer(coarse, truth, "l1_half") + min(1.0, 0.1 + 2 * done) * chamfer(
+        weight = min(1.0, 0.1 + 2 * (spent + passed) / (spent + seconds))
+        loss = chamfer(coarse, truth, "l1_half") + weight * chamfer(
             fine[:, chosen], truth, "l1_half"
         )
         for group in optimizer.param_groups:
@@ -76,18 +86,26 @@ def train(domain: Completion, seconds: float, seed: int = 0, batch: int = 16) ->
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()
-    raise AssertionError
 
 
 def trained(domain: Completion, seconds: float, file: Path | None) -> EncoderDecoder:
-    """The network after so many seconds, kept in ``file``; taken from there if it exists."""
-    if file is None or not file.exists():
-        network = train(domain, seconds)
+    """The network after so many seconds, kept in ``file``. What is found there is taken, and first
+    trained for the rest of the time if it had less.
+
+    Raises:
+        ValueError: the file's network was trained for longer.
+    """
+    network, spent = initial(), 0.0
+    if file is not None and file.exists():
+        network.load_state_dict(load_file(file))
+        with safe_open(file, "pt") as found:
+            spent = float((found.metadata() or {})["seconds"])
+    if spent > seconds:
+        raise ValueError(f"{file}: trained for {spent:g} s, more than {seconds:g}.")
+    if spent < seconds:
+        train(network, domain, seconds - spent, spent)
         if file is not None:
-            save_file(network.state_dict(), file)
-        return network
-    network = EncoderDecoder()
-    network.load_state_dict(load_file(file))
+            save_file(network.state_dict(), file, metadata={"seconds": repr(seconds)})
     return network.eval()
 
 

@@ -58,8 +58,22 @@ def test_the_baselines_are_in_the_table(shapes, monkeypatch, capsys):
 
 def test_the_encoder_decoder_gives_clouds_in_the_coordinates_of_the_scan(shapes):
     domain = completion.Completion(str(shapes), 128, completion.Scanner(points=128))
-    network = completion.pcn.train(domain, 1e-3)
+    network = completion.pcn.trained(domain, 1e-3, None)
     scan = domain.shapes[0][:150] * 9 + 70
     cloud = completion.pcn.complete(network, domain, scan)
     assert cloud.shape == (2048, 3)
     np.testing.assert_allclose(cloud.mean(0), 70, atol=10)
+
+
+def test_the_encoder_decoder_is_trained_on_and_kept(shapes, tmp_path, monkeypatch):
+    domain = completion.Completion(str(shapes), 128, completion.Scanner(points=128))
+    calls = []
+    monkeypatch.setattr(
+        completion.pcn, "train", lambda network, domain, *seconds: calls.append(seconds)
+    )
+    file = tmp_path / "pcn.safetensors"
+    for seconds in (3.0, 3.0, 5.0):
+        completion.pcn.trained(domain, seconds, file)
+    assert calls == [(3.0, 0.0), (2.0, 3.0)]
+    with pytest.raises(ValueError, match="trained for 5 s, more than 4"):
+        completion.pcn.trained(domain, 4.0, file)
