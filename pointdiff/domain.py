@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pointdiff import files, published
-from pointdiff.clouds import Cloud, Frame, check, resample
+from pointdiff.clouds import MOST, Cloud, Frame, check, resample
 from pointdiff.data import (
     AXES,
     Augmentation,
@@ -237,8 +237,8 @@ class Completion(Domain[Cloud]):
         reject_unknown("completion, request", request, REQUESTS)
         points = request.get("points", self.points)
         keep, even = request.get("keep", True), request.get("even", True)
-        if not isinstance(points, int) or points < 1:
-            raise ValueError(f"request.points={points}: give a whole number of at least 1.")
+        if type(points) is not int or not 1 <= points <= MOST:
+            raise ValueError(f"request.points={points}: give a whole number from 1 to {MOST:,}.")
         for key, value in (("keep", keep), ("even", even)):
             if not isinstance(value, bool):
                 raise ValueError(f"request.{key}={value}: give true or false.")

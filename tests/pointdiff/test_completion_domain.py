@@ -143,7 +143,9 @@ def test_templates_are_the_test_scans_or_those_of_a_file(domain, tmp_path):
     for request, message in (
         ({"scan": str(tmp_path / "few.ply")}, "3 points, at least 16"),
         ({"scan": str(tmp_path / "none.ply")}, "no such file"),
-        ({"points": 0}, "request.points=0"),
+        ({"points": 0}, "request.points=0: give a whole number from 1 to 500,000"),
+        ({"points": 500_001}, "request.points=500001"),
+        ({"points": True}, "request.points=True"),
         ({"point": 5}, "unknown key 'point'"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
