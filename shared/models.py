@@ -178,13 +178,16 @@ def find_choice(config: Any, domain: Domain[Any], checkpoint: checkpoints.Checkp
 
 
 def settled(
-    config: Mapping[str, Any], domain: Domain[Any], checkpoint: checkpoints.Checkpoint
+    config: Mapping[str, Any],
+    domain: Domain[Any],
+    checkpoint: checkpoints.Checkpoint | None = None,
 ) -> dict[str, Any]:
     """``solver``, ``grid`` and ``steps`` of ``config`` with 'auto' and None replaced: by what the
     checkpoint was published with, if its configuration says so, else by what suits the domain, and
     a grid the solver.
     The published grid and steps go with the published solver only."""
-    own = checkpoint.config if _is_auto(config["solver"]) and "solver" in checkpoint.config else {}
+    published = {} if checkpoint is None else checkpoint.config
+    own = published if _is_auto(config["solver"]) and "solver" in published else {}
     solver = _settle("solver", config["solver"], own, domain.solver)
     grid = _settle("grid", config["grid"], own, domain.grids.get(_class(solver), domain.grid))
     out = {"solver": solver, "grid": grid}

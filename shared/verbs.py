@@ -90,13 +90,15 @@ def _score(
     domain: Domain[Any], config: Any, seed: int
 ) -> Callable[[Denoiser, int], dict[str, float]]:
     """Draws ``config.n`` samples and measures them with the domain's metrics."""
-    solver, grid = (build(option(g, config[g]), domain=domain) for g in ("solver", "grid"))
+    named = {group: option(group, config[group]) for group in ("solver", "grid")}
+    chosen = settled({**named, "steps": config.steps}, domain)
+    solver, grid = (build(chosen[group], domain=domain) for group in named)
 
     def score(denoiser: Denoiser, step: int) -> dict[str, float]:
         sink, process = Memory(), denoiser.process
         device = next(denoiser.parameters()).device
         run_sampling(
-            *(denoiser, process, domain, config.n, solver, config.steps, grid, seed),
+            *(denoiser, process, domain, config.n, solver, chosen["steps"], grid, seed),
             device=device,
             sink=sink,
         )

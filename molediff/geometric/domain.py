@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,8 +20,10 @@ from torch.utils.data import Dataset
 
 from molediff.bonds import perceive
 from molediff.files import read, write
+from molediff.geometric import records
 from molediff.geometric.data import MoleculeData
 from molediff.geometric.metrics import evaluate
+from molediff.geometric.records import Record, Records, visible
 from molediff.molecules import SYMBOLS, Molecule, atomic_number
 from molediff.targets import Target, as_texts
 from molediff.views import gallery
@@ -33,52 +35,6 @@ from shared.randomness import stream
 
 TRAINING = "smiles.txt.xz"
 """SMILES of the training molecules, beside the weights of a shared model."""
-
-
-class Record(NamedTuple):
-    """One molecule as arrays: ``elements`` [n] index into the element list, ``positions`` [n, 3],
-    ``charges`` [n], ``context`` [k] standardised properties, NaN where unknown."""
-
-    elements: np.ndarray
-    positions: np.ndarray
-    charges: np.ndarray
-    context: np.ndarray = np.empty(0, np.float32)
-
-
-class Records(Dataset[Record]):
-    """The molecules of a prepared data set as model input; ``lengths`` are their sizes,
-    ``context`` [m, k] their standardised properties.
-
-    Raises:
-        ValueError: the data hold an element that is not in the list.
-    """
-
-    def __init__(
-        self, data: MoleculeData, elements: Sequence[int], context: np.ndarray | None = None
-    ) -> None:
-        self.data, self.lengths = data, data.sizes
-        self.context = np.empty((len(data), 0), np.float32) if context is None else context
-        if unknown := [SYMBOLS[z] for z in data.elements if z not in elements]:
-            raise ValueError(
-                f"domain.data={data.path} holds {', '.join(unknown)}; the model knows "
-                f"{', '.join(SYMBOLS[z] for z in elements)}."
-            )
-        self._place = np.full(119, -1)
-        self._place[list(elements)] = np.arange(len(elements))
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> Record:
-        row = int(self.data.rows[index])
-        atoms = slice(int(self.data.offsets[row]), int(self.data.offsets[row + 1]))
-        numbers = np.asarray(self.data.atomic_numbers[atoms])
-        return Record(
-            self._place[numbers],
-            np.array(self.data.positions[atoms]),
-            np.asarray(self.data.charges[atoms]),
-            self.context[index],
-        )
 
 
 class Molecules(Domain[Molecule]):
@@ -148,10 +104,10 @@ class Molecules(Domain[Molecule]):
             "scale": self.scale,
             "charges": self.charges,
             "charge_scale": self.charge_scale,
-            "position_std": _position_std(training),
-            "closed_shell": _closed_shell(training),
+            "position_std": records.position_std(training),
+            "closed_shell": records.closed_shell(training),
             "sizes": {str(n): count for n, count in training.histogram().items()},
-            "element_counts": _element_counts(training),
+            "element_counts": records.element_counts(training),
             "properties": self._loaded.statistics,
             "context": list(self.properties),
             "known": self._known(training),
@@ -429,39 +385,3 @@ def _pick(u: float, weights: Mapping[int, float]) -> int:
     totals = np.cumsum(list(weights.values()))
     place = int(np.searchsorted(totals, u * totals[-1], "right"))
     return list(weights)[min(place, len(totals) - 1)]
-
-
-def visible(data: MoleculeData, properties: Sequence[str], labels: str) -> np.ndarray:
-    """Which molecules show their properties [m] (boolean): all, or one half of those that have
-    one, in the order of numpy's seed 42 (Hoogeboom et al. 2022, Sec. 5.2)."""
-    if labels == "all" or not properties:
-        return np.ones(len(data), dtype=bool)
-    values = np.stack([data.column(name) for name in properties], 1)
-    rows = np.flatnonzero(~np.isnan(values).all(1))
-    order = np.random.RandomState(42).permutation(len(rows))
-    half = order[: len(rows) // 2] if labels == "first" else order[len(rows) // 2 :]
-    shown = np.zeros(len(data), dtype=bool)
-    shown[rows[half]] = True
-    return shown
-
-
-def _position_std(data: MoleculeData, most: int = 5000) -> float:
-    """Over the first ``most`` molecules: the constant needs two digits; 1 for single atoms."""
-    rows = [np.asarray(m.positions) for m in data.take(np.arange(min(most, len(data))))]
-    square = sum(float(((x - x.mean(0)) ** 2).sum()) for x in rows)
-    freedoms = sum(3 * max(len(x) - 1, 1) for x in rows)
-    return float((square / freedoms) ** 0.5) or 1.0
-
-
-def _closed_shell(data: MoleculeData, least: int = 32) -> bool:
-    """Fewer than ``least`` molecules could be even by chance."""
-    totals = np.concatenate([[0], np.cumsum(data.atomic_numbers, dtype=np.int64)])[data.offsets]
-    return len(data) >= least and not (np.diff(totals)[data.rows] % 2).any()
-
-
-def _element_counts(data: MoleculeData) -> dict[str, int]:
-    mask = np.zeros(len(data.split), dtype=bool)
-    mask[data.rows] = True
-    atoms = np.repeat(mask, np.diff(data.offsets))
-    numbers, counts = np.unique(np.asarray(data.atomic_numbers)[atoms], return_counts=True)
-    return {SYMBOLS[z]: int(c) for z, c in zip(numbers, counts, strict=True)}

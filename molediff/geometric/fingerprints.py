@@ -10,7 +10,8 @@ import torch
 
 from molediff.fingerprints import BITS, default_kind, fingerprint
 from molediff.geometric.data import MoleculeData
-from molediff.geometric.domain import Molecules, Record, Records
+from molediff.geometric.domain import Molecules
+from molediff.geometric.records import Record, Records
 from shared.domains import Batch
 
 

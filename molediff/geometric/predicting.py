@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from molediff.geometric.data import MoleculeData
-from molediff.geometric.domain import Molecules, Record, visible
+from molediff.geometric.domain import Molecules
 from molediff.geometric.properties import PropertyModel
+from molediff.geometric.records import Record, visible
 from molediff.molecules import Molecule
 from molediff.oracles import REFERENCE, Accuracy, labelled
 from shared.checkpoints import write_atomically

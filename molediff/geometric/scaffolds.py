@@ -28,8 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from molediff.geometric.domain import Molecules, Record
+from molediff.geometric.domain import Molecules
 from molediff.geometric.fragments import Fragment
+from molediff.geometric.records import Record
 from molediff.molecules import SYMBOLS
 from shared.configuration import ConfigurationError
 from shared.domains import Batch

@@ -25,7 +25,7 @@ from molediff.design.plan import SCORES, Plan, Steering
 from molediff.design.tries import INVALID, fittest
 from molediff.design.wishes import as_overrides
 from molediff.files import write
-from molediff.geometric.domain import Record
+from molediff.geometric.records import Record
 from molediff.geometric.scaffolds import Keep
 from molediff.oracles import Accuracy
 from molediff.targets import Target

@@ -8,9 +8,12 @@ from rdkit.Chem import AllChem
 
 import molediff
 from molediff import Invalid, Molecule
-from molediff.geometric.domain import Molecules, Record
+from molediff.geometric.domain import Molecules
 from molediff.geometric.models import egnn, gdm, tensor_products, transformer
 from molediff.geometric.prepare import prepare
+from molediff.geometric.records import Record
+from shared.configuration import build, option
+from shared.models import settled
 from shared.schedules import Polynomial
 from shared.solvers import Heun, LogSNRTimes, PowerTimes
 
@@ -205,3 +208,10 @@ def test_the_grid_suits_the_solver(solver, grid):
     model = molediff.load("qm9")
     assert isinstance(model.chosen(solver, "auto", 20)[1], grid)
     assert isinstance(model.chosen(solver, "time_quadratic", 20)[1], PowerTimes)
+
+
+@pytest.mark.parametrize(("solver", "grid"), [("auto", PowerTimes), ("heun", LogSNRTimes)])
+def test_the_grid_of_samples_scored_in_training_suits_the_solver(solver, grid):
+    words = {name: option(name, word) for name, word in (("solver", solver), ("grid", "auto"))}
+    chosen = settled({**words, "steps": 50}, Molecules())
+    assert isinstance(build(chosen["grid"]), grid)

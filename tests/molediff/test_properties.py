@@ -10,9 +10,10 @@ from test_transformer import randomised
 
 import molediff
 from molediff.geometric.data import MoleculeData
-from molediff.geometric.domain import Molecules, visible
+from molediff.geometric.domain import Molecules
 from molediff.geometric.models import property_egnn, property_transformer, transformer
 from molediff.geometric.prepare import prepare
+from molediff.geometric.records import visible
 from shared.guidance.classifier_free import ClassifierFree
 from shared.schedules import Polynomial
 
