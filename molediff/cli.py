@@ -28,6 +28,8 @@ def prepare_data(
     lines = [f"{data!r}", f"properties: {', '.join(data.property_names) or 'none'}"]
     if left_out:
         lines.append(f"{left_out} records left out; reasons in {Path(out) / 'invalid.jsonl'}")
+    if bare := data.info["open_hydrogens"]:
+        lines.append(f"{bare} molecules have hydrogens that are not among their atoms")
     return Outcome(lines, Path(out))
 
 

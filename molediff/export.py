@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
+from molediff.files import refusal
+from molediff.molecules import Molecule
+from shared.checkpoints import whole
 from shared.cli import Outcome, Program, Progress
 from shared.configuration import ConfigurationError
 from shared.domains import Invalid
@@ -25,13 +30,21 @@ def export(config: DictConfig, program: Program, progress: Progress | None = Non
             )
         domain.dimensions = config.dimensions
     items = read_items(domain, path)
-    good = [item for item in items if not isinstance(item, Invalid)]
+    reasons = [_reason(item, target) for item in items]
+    good = [item for item, reason in zip(items, reasons, strict=True) if reason is None]
+    lost = Counter(reason for reason in reasons if reason is not None)
     if not good:
-        raise ConfigurationError(f"{path} holds nothing to export.")
+        why = "".join(f": {reason}" for reason, _ in lost.most_common(1))
+        raise ConfigurationError(f"{path} holds nothing to export{why or '.'}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    domain.write(target, good)
-    lines = [f"{len(good)} items: {target}"]
-    lines += [f"{len(items) - len(good)} that could not be read are left out"] * (
-        len(items) > len(good)
-    )
-    return Outcome(lines, target)
+    with whole(target) as file:
+        domain.write(file, good)
+    lines = [f"{count} left out: {reason}" for reason, count in lost.most_common(5)]
+    return Outcome([f"{len(good)} items: {target}", *lines], target)
+
+
+def _reason(item: Any, target: Path) -> str | None:
+    """Why an item cannot be written."""
+    if isinstance(item, Invalid):
+        return f"not read: {item.reason}"
+    return refusal(target, item) if isinstance(item, Molecule) else None

@@ -11,7 +11,7 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rdkit import Chem, rdBase
@@ -52,7 +52,9 @@ def write(path: str | Path, molecules: Iterable[Molecule]) -> int:
     one system call, and an unfinished last record that a killed process left is cut off first, so
     a file always reads as whole records. A gzipped file grows by one member per record.
 
-    SMILES and CSV carry no stereo marks. Aromatic bonds are written kekulised where possible.
+    SMILES and CSV carry no stereo marks. Aromatic bonds are written kekulised where possible. A
+    new CSV has a column for every property of a sequence of molecules, or of the first one of an
+    iterator.
 
     Raises:
         ValueError: an unknown suffix, a molecule the format cannot hold, a property that is not a
@@ -62,13 +64,22 @@ def write(path: str | Path, molecules: Iterable[Molecule]) -> int:
     form = _format(path)
     pack: Callable[[bytes], bytes] = gzip.compress if _gzipped(path) else bytes
     _mend(path, form.end)
-    encode = _row_encoder(path) if form.split is _split_csv else form.encode
+    encode = _row_encoder(path, molecules) if form.split is _split_csv else form.encode
     count = 0
     with open(path, "ab", buffering=0) as out:
         for molecule in molecules:
             out.write(pack(encode(molecule).encode()))
             count += 1
     return count
+
+
+def refusal(path: str | Path, molecule: Molecule) -> str | None:
+    """Why a file of the format of ``path`` cannot hold a molecule; None if it can."""
+    try:
+        _format(Path(path)).encode(molecule)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _format(path: Path) -> Format:
@@ -116,12 +127,18 @@ def _stream(path: Path, form: Format) -> Iterator[Molecule | Invalid]:
 
 
 def _mend(path: Path, end: str) -> None:
-    """Cut an unfinished last record off a plain file."""
+    """Cut an unfinished last record off a plain file; one that lacks only the end of its last line
+    is whole where a mark stands on it."""
     if not path.exists() or path.stat().st_size == 0 or _gzipped(path):
         return
     mark, step, tail = end.encode(), 1 << 16, b""
     with open(path, "rb+") as file:
         position = file.seek(0, os.SEEK_END)
+        if last := mark.rstrip():
+            file.seek(max(0, position - len(last)))
+            if file.read() == last:
+                file.write(mark[len(last) :])
+                return
         while position > 0 and (cut := tail.rfind(mark)) < 0:
             position = max(0, position - step)
             file.seek(position)
@@ -190,20 +207,23 @@ def _encode_smiles(molecule: Molecule) -> str:
     return f"{molecule.smiles()} {one_line(molecule.name)}".rstrip() + "\n"
 
 
-def _row_encoder(path: Path) -> Callable[[Molecule], str]:
-    """Rows under the header of an existing file, or under the first molecule's properties."""
+def _row_encoder(path: Path, molecules: Iterable[Molecule]) -> Callable[[Molecule], str]:
+    """Rows under the header of an existing file, or under the properties of the molecules."""
     separator = "\t" if ".tsv" in path.name.lower() else ","
     columns: list[str] = []
     if path.exists() and path.stat().st_size:
         header = next(_lines(path), "")
         columns += [_column(name) for name in next(csv.reader([header], delimiter=separator))]
+    known = molecules if isinstance(molecules, Sequence) else ()
+    names = dict.fromkeys(name for molecule in known for name in molecule.properties)
 
     def encode(molecule: Molecule) -> str:
         row = {**molecule.properties, "smiles": molecule.smiles(), "name": molecule.name}
         out = io.StringIO()
         writer = csv.writer(out, delimiter=separator, lineterminator="\n")
         if not columns:
-            columns.extend(["smiles", "name", *(k for k in row if k not in ("smiles", "name"))])
+            own = [k for k in {**names, **row} if k not in ("smiles", "name")]
+            columns.extend(["smiles", "name", *own])
             writer.writerow(columns)
         unknown = row.keys() - {*columns, "name"}
         if unknown:

@@ -233,14 +233,14 @@ def is_inequality(text: str) -> bool:
 
 def as_texts(targets: Mapping[str, Any]) -> list[str]:
     """Property -> wish, as :meth:`Target.parse` reads it: 5.0 -> 'gap=5.0', '>5' -> 'gap>5', and
-    '2<mu<3' as it stands; None is no wish."""
+    '5<gap' or '2<mu<3' as they stand; None is no wish."""
     texts = []
     for name, value in targets.items():
         text = str(value).strip()
-        if len(re.findall(r"[<>\u2264\u2265]", text)) == 2 or text == "None":
-            texts += [text] * (text != "None")
+        if not is_inequality(text):
+            texts += [f"{name}={text}"] * (text != "None")
         else:
-            texts.append(f"{name}{text}" if is_inequality(text) else f"{name}={text}")
+            texts.append(f"{name}{text}" if _SPLIT.match(text) else text)
     return texts
 
 

@@ -1,63 +1,70 @@
-"""One-to-one assignments of least cost: exact, or within a guaranteed share of the optimum."""
+"""One-to-one assignments of points of least cost: exact, or exact in blocks of neighbours."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
+from scipy.spatial.transform import Rotation
+
+from shared.randomness import stream
+
+BLOCK = 128
+"""Points of a block: smaller ones are quicker, larger ones nearer to the optimum."""
 
 
-def assign(cost: np.ndarray, tolerance: float | None = None) -> np.ndarray:
-    """The column [n] given to every row of ``cost`` [n, n], non-negative.
+def assign(
+    a: np.ndarray, b: np.ndarray, sweeps: int | None = None, squared: bool = False
+) -> np.ndarray:
+    """The row of ``b`` [n, 3] given to every row of ``a`` [n, 3], with the smallest sum of
+    distances (or their squares).
 
     Args:
-        tolerance: None: the best assignment; else one whose total is at most (1 + tolerance)
-            times the best, by the auction algorithm.
+        sweeps: None: the optimum, which takes O(n^3) time and O(n^2) memory; else so often all
+            pairs are parted into blocks of neighbours, turned anew each time, in which the
+            partners are exchanged in the best way. O(n) memory, and O(n log n) time for a sweep.
 
     Raises:
-        ValueError: a tolerance that is not positive.
+        ValueError: a negative number of sweeps.
     """
-    if tolerance is None:
-        return np.asarray(linear_sum_assignment(cost)[1])
-    if not tolerance > 0:
-        raise ValueError(f"assign: tolerance={tolerance}; give a positive number or None.")
-    # every row pays at least its cheapest column, and every column its cheapest row
-    bound = max(cost.min(1).mean(), cost.min(0).mean())
-    if bound == 0:
-        return np.asarray(linear_sum_assignment(cost)[1])
-    return auction(cost, tolerance * bound)
+    if sweeps is None:
+        return _best(a, b, squared)
+    if sweeps < 0:
+        raise ValueError(f"assign: sweeps={sweeps}; give 0 or more, or None for the optimum.")
+    partner = np.empty(len(a), np.int64)
+    for rows, columns in _blocks(a, b):
+        partner[rows] = columns[_best(a[rows], b[columns], squared)]
+    generator = stream(0, 0, "assignment", 0)
+    for _ in range(sweeps):
+        share, turn = generator.random(), Rotation.random(random_state=generator).as_matrix()
+        between = (a + share * (b[partner] - a)) @ turn
+        for rows, _ in _blocks(between, between):
+            columns = partner[rows]
+            partner[rows] = columns[_best(a[rows], b[columns], squared)]
+    return partner
 
 
-def auction(cost: np.ndarray, bid: float) -> np.ndarray:
-    """The auction algorithm in rounds (Bertsekas 1988) with decreasing steps: all rows without a
-    column bid at once, and the total is at most n ``bid`` above the optimum."""
-    prices = np.zeros(len(cost))
-    step = max(bid, float(cost.mean()) / 4)
-    while True:
-        owner = _settle(cost, prices, step)
-        if step <= bid:
-            return owner
-        step = max(bid, step / 5)
+def _best(a: np.ndarray, b: np.ndarray, squared: bool) -> np.ndarray:
+    cost = cdist(a, b, "sqeuclidean" if squared else "euclidean")
+    return np.asarray(linear_sum_assignment(cost)[1])
 
 
-def _settle(cost: np.ndarray, prices: np.ndarray, step: float) -> np.ndarray:
-    """Columns of all rows, each within ``step`` of its best at ``prices`` [n], which rise."""
-    n = len(cost)
-    column, row = np.full(n, -1), np.full(n, -1)
-    free = np.arange(n)
-    while len(free):
-        net = cost[free] + prices
-        best = net.argmin(1)
-        first = net[np.arange(len(free)), best]
-        net[np.arange(len(free)), best] = np.inf
-        second = net.min(1) if n > 1 else first
-        offers = prices[best] + second - first + step
-        order = np.argsort(offers, kind="stable")  # the highest offer for a column comes last
-        row_before = row[best]
-        row[best[order]] = free[order]
-        prices[best[order]] = offers[order]
-        losers = row_before[row_before >= 0]
-        column[losers] = -1
-        winners = row[best] == free
-        column[free[winners]] = best[winners]
-        free = np.union1d(free[~winners], losers)
-    return column
+def _blocks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows of two clouds of one size, halved along the longest side of both until there are at
+    most :data:`BLOCK` in a part."""
+    parts = [(np.arange(len(x)), np.arange(len(y)))]
+    while parts:
+        rows, columns = parts.pop()
+        if len(rows) <= BLOCK:
+            yield rows, columns
+            continue
+        axis = int(np.ptp(np.concatenate([x[rows], y[columns]]), axis=0).argmax())
+        halves = (_halved(rows, x[rows, axis]), _halved(columns, y[columns, axis]))
+        parts += zip(*halves, strict=True)
+
+
+def _halved(index: np.ndarray, along: np.ndarray) -> list[np.ndarray]:
+    half = len(index) // 2
+    return np.split(index[np.argpartition(along, half)], [half])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from shared import cli
+from shared.checkpoints import whole
 from shared.cli import Outcome, Program, Progress, Verb
 from shared.configuration import ConfigurationError, build
 
@@ -25,14 +27,18 @@ def scan(config: DictConfig, program: Program, progress: Progress | None = None)
     jobs = [(view, index) for view in views for index in range(config.n)]
     out = _place(config, "scan.ply")
     files.check_suffix(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     names = [out] if len(jobs) == 1 else _numbered(out, len(jobs))
-    for name, (view, index) in zip(names, jobs, strict=True):
-        files.write_one(name, scanner(cloud, config.seed, index, view))
+    _spare((config.path,), names)
+    seed = secrets.randbelow(2**31) if config.seed is None else config.seed
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for done, (name, (view, index)) in enumerate(zip(names, jobs, strict=True), 1):
+        with whole(name) as file:
+            files.write_one(file, scanner(cloud, seed, index, view))
         if progress is not None:
-            progress(names.index(name) + 1, len(jobs))
+            progress(done, len(jobs))
     last = f" to {names[-1]}" if len(names) > 1 else ""
-    return Outcome((f"scanned {config.path} ({len(cloud):,} points): {names[0]}{last}",), out)
+    what = f"scanned {config.path} ({len(cloud):,} points, seed {seed})"
+    return Outcome((f"{what}: {names[0]}{last}",), out)
 
 
 def views(config: DictConfig, program: Program, progress: Progress | None = None) -> Outcome:
@@ -48,13 +54,20 @@ def views(config: DictConfig, program: Program, progress: Progress | None = None
 
 def complete(config: DictConfig, program: Program, progress: Progress | None = None) -> Outcome:
     """``pointdiff complete``: one scan -> complete clouds, and a page that shows them."""
+    import numpy as np
+    import torch
+
     from pointdiff import completion, files, views
-    from pointdiff.metrics import evaluate
+    from pointdiff.metrics import evaluate, total_mutual_difference
     from shared import reports
     from shared.models import find_choice, find_device, guided
 
     out = _place(config, "complete.ply")
     files.check_suffix(out)
+    samples = completion.natural("samples", config.samples)
+    names = [out] if samples == 1 else _numbered(out, samples)
+    _spare((config.path, config.truth), [*names, config.report])
+    cli.check_place("report", config.report, file=True)
     scan = files.read_one(config.path)
     truth = None if config.truth is None else files.read_one(config.truth)
     completer = completion.load(config.run, config.checkpoint, config.refine)
@@ -63,7 +76,7 @@ def complete(config: DictConfig, program: Program, progress: Progress | None = N
     denoiser = model.denoiser.to(find_device(config.device))
     clouds = completer.complete(
         scan,
-        config.samples,
+        samples,
         points=config.points,
         frame=config.frame,
         keep=config.keep,
@@ -75,27 +88,41 @@ def complete(config: DictConfig, program: Program, progress: Progress | None = N
         device=config.device,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    names = [out] if len(clouds) == 1 else _numbered(out, len(clouds))
     for name, cloud in zip(names, clouds, strict=True):
-        files.write_one(name, cloud)
+        with whole(name) as file:
+            files.write_one(file, cloud)
     last = f" to {names[-1]}" if len(names) > 1 else ""
     frame = completer.frame(scan, config.frame)
     lines = [
         f"completed {config.path} ({len(scan):,} points, seed {seed}, frame {frame}): "
         f"{names[0]}{last}"
     ]
+    if len(clouds) > 1:
+        spread = total_mutual_difference(torch.from_numpy(np.stack(clouds)))
+        lines.append(f"total mutual difference of the completions: {spread:.4g}")
     if truth is not None:
         found = evaluate(clouds, [truth] * len(clouds))
         lines += [f"{name}: {estimate}" for name, estimate in found.items()]
     if config.report is not None:
         shown = {"scan": scan, **{f"completion {i}": c for i, c in enumerate(clouds)}}
         shown |= {} if truth is None else {"truth": truth}
-        body = reports.Section("Clouds", views.gallery(shown))
-        page = reports.page(f"Completion of {config.path}", {"seed": seed}, [body])
-        Path(config.report).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.report).write_text(page, encoding="utf-8")
+        body = [reports.Section("Clouds", views.gallery(shown))]
+        title = f"Completion of {config.path}"
+        reports.write(Path(config.report), title, {"seed": seed}, body)
         lines.append(f"report: {config.report}")
     return Outcome(lines, out)
+
+
+def _spare(inputs: Iterable[str | None], outputs: Iterable[str | Path | None]) -> None:
+    """Refuse to write over what is read.
+
+    Raises:
+        ConfigurationError: names the file.
+    """
+    read = {Path(path).resolve(): path for path in inputs if path is not None}
+    for path in outputs:
+        if path is not None and Path(path).resolve() in read:
+            raise ConfigurationError(f"{path} would be written over; choose another out.")
 
 
 def _place(config: DictConfig, ending: str) -> Path:
@@ -120,7 +147,7 @@ PROGRAM = Program(
         "scan chair.obj out=scan.ply view=3",
         "train experiment=completion_small domain.data=shapes.npz out=runs/mine",
         "sample run=runs/mine n=8 steps=20 request.scan=scan.ply out=full",
-        "evaluate full reference=truth.npy",
+        "evaluate full.ply reference=chair.obj",
     ),
     more={
         "complete": Verb(

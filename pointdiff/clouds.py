@@ -14,7 +14,7 @@ LEAST, MOST = 16, 500_000
 """Numbers of points that are taken, unless a caller says otherwise."""
 FARTHEST = 1e9
 """Largest coordinate: squares of it are still sums of float32 numbers."""
-COARSEST = 0.01
+COARSEST = 1e-3
 """Largest rounding error of a coordinate in float32, as a share of the cloud's size."""
 
 

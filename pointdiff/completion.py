@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pointdiff import refinement
-from pointdiff.clouds import Cloud, Frame, check, placed, resample
+from pointdiff.clouds import MOST, Cloud, Frame, check, placed, resample
 from pointdiff.domain import Completion
 from pointdiff.merging import kept
 from shared import models
@@ -19,6 +19,8 @@ from shared.models import Model
 from shared.randomness import stream
 
 FRAMES = ("auto", "own", "given")
+REACH = 1.1
+"""How far a scan may reach in the given frame, where the whole reaches 1: noise."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Completer:
                 makes them all; without one the model makes all of them itself.
             frame: 'own': where the scan lies says nothing about what it does not show; 'given':
                 its coordinates are those of a complete cloud with centre 0 and largest radius 1,
-                as in the published benchmarks, which tells how far the rest reaches; 'auto': as
+                as in the published benchmarks (the clouds of MVP, PCN and Completion3D, times 2),
+                which tells how far the rest reaches; 'auto': as
                 :func:`pointdiff.clouds.placed` finds. Models of the scan's own frame do not
                 depend on it.
             keep: points of the scan in place of those that were generated on what it shows.
@@ -60,14 +63,14 @@ class Completer:
                 unknown setting.
             FloatingPointError: a completion diverged.
         """
-        samples = _whole("samples", samples)
+        samples = natural("samples", samples)
         cloud = check(scan, "scan")
         given, knows = self.frame(cloud, frame) == "given", self._domain.frame
         place = Frame.of(cloud) if knows == "data" and not given else Frame()
         if knows == "both":
             settings["frame"] = "data" if given else "scan"
         factor = 1 if self.refiner is None else refinement.factor(self.refiner)
-        size = {} if points is None else {"points": -(-_whole("points", points) // factor)}
+        size = {} if points is None else {"points": -(-natural("points", points) // factor)}
         settings["keep"] = keep and self.refiner is None  # else after refining
         items = self.model.sample(
             samples, steps=steps, seed=seed, scan=place.enter(cloud), **size, **settings
@@ -92,12 +95,18 @@ class Completer:
         """'own' or 'given': the ``frame`` in which ``scan`` is completed.
 
         Raises:
-            ValueError: an unknown one.
+            ValueError: an unknown one, or 'given' for a scan that is too large for it.
         """
         if frame not in FRAMES:
             raise ValueError(f"frame={frame!r}: choose {', '.join(FRAMES)}.")
         if self._domain.frame == "scan":
             return "own"
+        reach = float(np.linalg.norm(scan, axis=1).max())
+        if frame == "given" and reach > REACH:
+            raise ValueError(
+                f"frame=given: the scan reaches {reach:.4g} from the origin, where a complete "
+                "cloud reaches 1; scale it, or give frame=own."
+            )
         found = "given" if placed(scan) else "own"
         return found if frame == "auto" else frame
 
@@ -107,9 +116,9 @@ class Completer:
         return self.model.domain
 
 
-def _whole(name: str, value: Any) -> int:
-    if not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name}={value!r}: give a whole number of at least 1.")
+def natural(name: str, value: Any) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= value <= MOST:
+        raise ValueError(f"{name}={value!r}: give a whole number from 1 to {MOST:,}.")
     return int(value)
 
 

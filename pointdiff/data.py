@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from pointdiff import files, published
 from pointdiff.clouds import Cloud, Frame, resample
 from pointdiff.published import Recorded
 from pointdiff.scanning import Scanner
+from shared.checkpoints import write_atomically
 from shared.domains import Invalid
 from shared.randomness import stream
 
@@ -184,6 +187,9 @@ def load_shapes(path: str | Path) -> Shapes:
             clouds.append(Frame.of(cloud).enter(cloud))
     if not clouds:
         raise ValueError(f"{path}: no usable shape; the first: {reasons[0]}")
+    if reasons:
+        count = f"{len(reasons)} of {len(reasons) + len(clouds)}"
+        warnings.warn(f"{path}: {count} left out; the first: {reasons[0]}", stacklevel=2)
     return Shapes(clouds)
 
 
@@ -200,14 +206,15 @@ def save_views(
         if progress is not None:
             progress(i + 1, len(shapes))
     start = np.cumsum([0, *(row.shape[1] for row in rows)])
-    with Path(path).open("wb") as file:
-        np.savez_compressed(
-            file,
-            visible=np.concatenate(rows, 1),
-            start=start,
-            scanner=_viewpoint(scanner),
-            shapes=shapes.fingerprint(),
-        )
+    content = io.BytesIO()
+    np.savez_compressed(
+        content,
+        visible=np.concatenate(rows, 1),
+        start=start,
+        scanner=_viewpoint(scanner),
+        shapes=shapes.fingerprint(),
+    )
+    write_atomically(Path(path), content.getvalue())
 
 
 def _viewpoint(scanner: Scanner) -> str:

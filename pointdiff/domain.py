@@ -4,7 +4,8 @@ A state has one field, 'x' [b, n, 3]; the condition is 'partial' [b, m, 4], the 
 a flag: 1, or -1 for mirrored ones, and 'frame' [b, 4], the centre and scale that lead back to the
 coordinates of the scan. By default both are in the frame of the scan, centre 0 and radius 1 of
 what is seen: units and position of a scan do not matter, and nothing of what is hidden is given
-away. In the frame of the data, that of the published benchmarks, the complete shape has centre 0
+away. In the frame of the data, that of the published benchmarks (whose clouds are doubled, see
+:mod:`pointdiff.published`), the complete shape has centre 0
 and radius 1, which tells how far it reaches where the scan shows nothing.
 """
 
@@ -141,7 +142,15 @@ class Completion(Domain[Cloud]):
         """Names of the classes; empty for models without."""
         if self._restored is not None:
             return list(self._restored.get("names", ()))
-        return list(self.shapes.names) if self.classes else []
+        if not self.classes:
+            return []
+        names = () if self._recorded("train") else self.shapes.names
+        if not names:
+            raise ValueError(
+                f"domain.classes=true: {self.data} tells no classes; give an .npz with 'label' "
+                "and 'label_names', or domain.classes=false."
+            )
+        return list(names)
 
     @property
     def partial_points(self) -> int:
@@ -164,11 +173,17 @@ class Completion(Domain[Cloud]):
             "fresh": fresh,
             "frame": frame or self.frame,
         }
-        recorded = None if self.data is None else published.find_or_other(self.data, part)
+        recorded = self._recorded(part)
         if recorded is not None:
             return RecordedPairs(recorded, self.points, self.scan, **others)
         rows = self.shapes.rows(part, self.validation)
         return Pairs(self.shapes, rows, self.points, self.scan, **others)
+
+    def _recorded(self, part: str) -> published.Recorded | None:
+        """The scans of a published data set."""
+        if self.data is None:
+            return None
+        return published.find_or_other(self.data, part, self.validation)
 
     def collate(self, records: Sequence[Pair]) -> Batch:
         complete = torch.from_numpy(np.stack([record.complete for record in records]))
@@ -232,7 +247,7 @@ class Completion(Domain[Cloud]):
         - ``keep``: false: do not put points of the scan in place of generated ones;
         - ``even``: false: independent noise for every point. By default the first completion of a
           scan starts from noise that is spread evenly (:func:`shared.randomness.even_normal`),
-          which makes it a typical one; further ones are independent draws.
+          which makes it a typical one; further ones are independent draws. Without a scan all are.
         """
         reject_unknown("completion, request", request, REQUESTS)
         points = request.get("points", self.points)

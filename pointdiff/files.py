@@ -5,7 +5,6 @@ A cloud that cannot be used becomes an ``Invalid`` with its place and the reason
 
 from __future__ import annotations
 
-import importlib
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from pointdiff import pcd, ply
 from pointdiff.clouds import MOST, Cloud, check
 from shared.domains import Invalid
+from shared.extras import need
 from shared.randomness import stream
 
 MESHES = (".obj", ".off", ".stl")
@@ -29,10 +29,12 @@ MAX_LINE = 1 << 16
 def read(
     path: str | Path, *, surface: int = SURFACE, key: str | None = None, most: int = MOST
 ) -> Iterator[Cloud | Invalid]:
-    """Stream the clouds of a file, or of all files of a folder in the order of their names.
+    """Stream the clouds of a file, or of all files of a folder and the folders in it in the order
+    of their names.
 
     ``.ply .pcd .xyz .txt .pts`` hold one cloud each; ``.npy`` (one array after the other),
-    ``.npz`` and ``.h5`` one [n, 3] or many [clouds, n, 3].
+    ``.npz`` and ``.h5`` one [n, 3] or many [clouds, n, 3]. Further columns (normals, colours) are
+    left out.
 
     Args:
         surface: points drawn uniformly on a mesh; key: array of an .npz or .h5 file, by default
@@ -46,7 +48,7 @@ def read(
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder.")
     if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES)
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not found:
             raise FileNotFoundError(f"{path}: no files {' '.join(SUFFIXES)} in this folder.")
         return (cloud for p in found for cloud in _stream(p, surface, key, most))
@@ -110,9 +112,9 @@ def _clouds(path: Path, surface: int, key: str | None, most: int) -> Iterator[np
             if array.ndim not in (2, 3):
                 raise ValueError(f"an array of shape {array.shape}, not [n, 3] or [clouds, n, 3]")
             if array.ndim == 2:
-                yield np.asarray(array)
+                yield np.asarray(array)[:, :3]
             else:
-                yield from (np.asarray(array[i]) for i in range(len(array)))
+                yield from (np.asarray(array[i])[:, :3] for i in range(len(array)))
 
 
 def _is_mesh(path: Path) -> bool:
@@ -162,7 +164,7 @@ def _npz(path: Path, key: str | None) -> Iterator[np.ndarray]:
 
 
 def _h5(path: Path, key: str | None) -> Iterator[Any]:
-    h5py = need("h5py", f"{path.name}: HDF5 files need")
+    h5py = need("h5py", f"{path.name}: HDF5", "points")
     with h5py.File(path, "r") as file:
         found = _choose(key, list(file))
         if not isinstance(file[found], h5py.Dataset):
@@ -179,27 +181,13 @@ def _choose(key: str | None, there: list[str]) -> str:
     return found
 
 
-def need(module: str, what: str) -> Any:
-    """Import a package of the ``points`` extra.
-
-    Raises:
-        ModuleNotFoundError: says how to install it; ``what`` begins the sentence.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise ModuleNotFoundError(
-            f"{what} the package {module}: pip install 'molediff[points]'"
-        ) from None
-
-
 # -- meshes -----------------------------------------------------------------------------------
 
 
 def _triangles(path: Path) -> np.ndarray:
     if path.suffix.lower() == ".ply":
         return ply.read_triangles(path)
-    trimesh = need("trimesh", f"{path.name}: meshes need")
+    trimesh = need("trimesh", f"{path.name}: a mesh", "points")
     mesh = trimesh.load_mesh(path, process=False, skip_materials=True)
     return np.asarray(mesh.triangles, np.float64)
 
@@ -295,7 +283,7 @@ def _write_array(path: Path, points: Cloud) -> None:
     elif path.suffix.lower() == ".npz":
         np.savez_compressed(path, points=points)
     else:
-        with need("h5py", f"{path.name}: HDF5 files need").File(path, "w") as file:
+        with need("h5py", f"{path.name}: HDF5", "points").File(path, "w") as file:
             file.create_dataset("points", data=points, compression="gzip")
 
 

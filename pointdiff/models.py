@@ -14,7 +14,7 @@ from pointdiff.transformer import LatentTransformer
 from shared.denoisers import Denoiser, Head, TimeCode
 from shared.losses import Native, NormalLogSNR, TimeSampler
 from shared.predictions import Condition, KarrasPreconditioned
-from shared.process import Process, State
+from shared.process import Process, State, version
 from shared.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -61,15 +61,10 @@ class CompletionBackbone(nn.Module):
             return self.network.condition(partial)
         # weights that were loaded, averaged or moved since then have another version or place
         places = (p.data_ptr() for p in self.parameters())
-        state = (*places, *map(_version, (key, *self.parameters())))
+        state = (*places, *map(version, (key, *self.parameters())))
         if self._kept is None or self._kept[0] is not key or self._kept[1] != state:
             self._kept = key, state, self.network.condition(partial)
         return self._kept[2]
-
-
-def _version(tensor: Tensor) -> int:
-    """How often it was changed in place; tensors of inference mode do not count that."""
-    return -1 if tensor.is_inference() else int(tensor._version)
 
 
 def pdr(

@@ -24,6 +24,8 @@ import numpy as np
 
 from pointdiff import files
 from pointdiff.clouds import Cloud
+from shared.extras import need
+from shared.randomness import stream
 
 SCALE = 2.0
 MVP_VIEWS = 26
@@ -31,7 +33,10 @@ PARTS = {"train": ("train",), "valid": ("val", "valid"), "test": ("test",)}
 
 
 class Recorded(Protocol):
-    """Scans with their complete clouds."""
+    """Scans with their complete clouds; ``groups`` [n]: those of one cloud share a number."""
+
+    @property
+    def groups(self) -> np.ndarray: ...
 
     def __len__(self) -> int: ...
 
@@ -45,6 +50,10 @@ class FilePairs:
     """One file for each cloud: (complete, scan)."""
 
     paths: Sequence[tuple[Path, Path]]
+
+    @property
+    def groups(self) -> np.ndarray:
+        return np.unique([str(path) for path, _ in self.paths], return_inverse=True)[1]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -74,6 +83,10 @@ class Mvp:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    @property
+    def groups(self) -> np.ndarray:
+        return np.arange(len(self)) // MVP_VIEWS
+
     def pair(self, index: int, points: int) -> tuple[Cloud, Cloud]:
         part = int(np.searchsorted(self.starts, index, side="right")) - 1
         row = index - int(self.starts[part])
@@ -93,7 +106,7 @@ def _rows(path: Path, key: str) -> Any:
         ValueError: no such array.
     """
     if path not in _OPEN:
-        h5py = files.need("h5py", f"{path.name}: HDF5 files need")
+        h5py = need("h5py", f"{path.name}: HDF5", "points")
         try:
             _OPEN[path] = h5py.File(path, "r")
         except OSError as error:
@@ -124,21 +137,43 @@ def find(folder: str | Path, part: str) -> Recorded | None:
     return None
 
 
-OTHERS: dict[str, tuple[str, ...]] = {"train": (), "valid": ("test",), "test": ("valid",)}
-"""What takes the place of a part that a data set does not have."""
+@dataclass(frozen=True)
+class Some:
+    """Records of a data set."""
+
+    whole: Recorded
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def groups(self) -> np.ndarray:
+        return self.whole.groups[self.rows]
+
+    def pair(self, index: int, points: int) -> tuple[Cloud, Cloud]:
+        return self.whole.pair(int(self.rows[index]), points)
 
 
-def find_or_other(folder: str | Path, part: str) -> Recorded | None:
-    """As :func:`find`; without a validation or test part the other of them.
+def find_or_other(folder: str | Path, part: str, validation: float) -> Recorded | None:
+    """As :func:`find`. Without a test part its validation part is measured; without a validation
+    part the share ``validation`` of the training clouds, with all their scans, is held out.
 
     Raises:
         ValueError: the data set has neither.
     """
-    found = (find(folder, name) for name in (part, *OTHERS[part]))
-    made = next((one for one in found if one is not None), None)
-    if made is None and any(find(folder, name) is not None for name in PARTS):
-        wanted = " or ".join((part, *OTHERS[part]))
-        raise ValueError(f"{folder}: no scans of the part {wanted} with their complete clouds.")
+    parts = {name: find(folder, name) for name in PARTS}
+    training = parts["train"]
+    clouds = 0 if training is None else int(training.groups.max()) + 1
+    if training is not None and parts["valid"] is None and clouds > 1:
+        order = stream(0, 0, "published/split", 0).permutation(clouds)
+        held = (order < max(1, validation * clouds))[training.groups]
+        parts["train"], parts["valid"] = (
+            Some(training, np.flatnonzero(rows)) for rows in (~held, held)
+        )
+    made = parts[part] or (parts["valid"] if part == "test" else None)
+    if made is None and any(found is not None for found in parts.values()):
+        raise ValueError(f"{folder}: no scans of the part {part} with their complete clouds.")
     return made
 
 

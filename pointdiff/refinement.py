@@ -36,7 +36,7 @@ from shared.schedules import Schedule
 
 
 class Refinements(Dataset[tuple[Pair, Cloud]]):
-    """Pairs with coarse completions of their scans, all in the frame of the scan."""
+    """Pairs with coarse completions of their scans, all in the frame of the pair."""
 
     def __init__(self, domain: Refining, rows: np.ndarray) -> None:
         self.domain, self.rows = domain, rows
@@ -171,9 +171,10 @@ def factor(model: models.Model[Cloud]) -> int:
 @torch.no_grad()
 def refine(model: models.Model[Cloud], cloud: Cloud, scan: Cloud, seed: int = 0) -> Cloud:
     """A completion [n, 3] of ``scan`` [m, 3], refined to [factor n, 3]."""
-    domain = model.domain
+    domain, device = model.domain, next(model.denoiser.parameters()).device
     assert isinstance(domain, Refining)
     pair = domain.enter(scan, seed, 0)
-    coarse = torch.from_numpy(pair.frame.enter(cloud))[None]
-    found = model.denoiser.backbone(coarse, torch.from_numpy(pair.partial)[None])
-    return pair.frame.leave(found[0].numpy())
+    coarse, partial = (
+        torch.from_numpy(x)[None].to(device) for x in (pair.frame.enter(cloud), pair.partial)
+    )
+    return pair.frame.leave(model.denoiser.backbone(coarse, partial)[0].cpu().numpy())

@@ -68,12 +68,14 @@ def in_depth_image(points: Cloud, camera: np.ndarray, pixel: float | None = None
     ray = points - camera
     depth = ray @ ahead
     front = depth > 1e-6 * distance
+    if not front.any():
+        return np.zeros(0, np.int64)
     scale = distance / (pixel * np.where(front, depth, 1.0))
     column, row = (np.floor((ray @ axis) * scale).astype(np.int64) for axis in (right, up))
     nearest = _depth_map(row[front], column[front], depth[front])
     ahead_of = np.full(len(points), -np.inf)
     place = (row[front] - row[front].min() + 1, column[front] - column[front].min() + 1)
-    ahead_of[front] = nearest[place] if front.any() else 0.0
+    ahead_of[front] = nearest[place]
     return np.flatnonzero(front & (depth <= ahead_of + 4.0 * pixel))
 
 
@@ -88,8 +90,6 @@ def _spacing(points: np.ndarray) -> float:
 
 def _depth_map(row: np.ndarray, column: np.ndarray, depth: np.ndarray) -> np.ndarray:
     """Smallest depth in every pixel and its eight neighbours, with an edge of one pixel."""
-    if not len(row):
-        return np.zeros((0, 0))
     row, column = row - row.min() + 1, column - column.min() + 1
     image = np.full((row.max() + 2, column.max() + 2), np.inf)
     np.minimum.at(image, (row, column), depth)
@@ -141,14 +141,14 @@ class Scanner:
 
     def __post_init__(self) -> None:
         if self.method not in HIDING:
-            raise ValueError(f"scan.method={self.method!r}: choose {' or '.join(HIDING)}.")
+            raise ValueError(f"method={self.method!r}: choose {' or '.join(HIDING)}.")
         if not all(isinstance(n, Integral) and n >= 1 for n in (self.points, self.views)):
-            raise ValueError("scan.points and scan.views: give whole numbers of at least 1.")
+            raise ValueError("points and views: give whole numbers of at least 1.")
         if not (_finite(self.distance, self.noise) and self.distance > 1 and self.noise >= 0):
             raise ValueError("scan: needs finite distance > 1 and noise >= 0.")
         shares = self.occlusion, self.crop
         if not (_finite(*shares) and all(0 <= share < 1 for share in shares)):
-            raise ValueError("scan.occlusion and scan.crop: give shares from 0 to below 1.")
+            raise ValueError("occlusion and crop: give shares from 0 to below 1.")
 
     def visible(self, cloud: Cloud) -> np.ndarray:
         """What each camera sees of ``cloud`` [n, 3]: packed bits, uint8 [views, ceil(n / 8)].
@@ -175,7 +175,7 @@ class Scanner:
             ValueError: no such view.
         """
         if view is not None and not 0 <= view < self.views:
-            raise ValueError(f"scan.view={view}: there are views 0 to {self.views - 1}.")
+            raise ValueError(f"view={view}: there are views 0 to {self.views - 1}.")
         generator = stream(seed, index, "scan", 0)
         drawn = int(generator.integers(self.views))
         view = drawn if view is None else view

@@ -29,9 +29,11 @@ def panels(clouds: Mapping[str, Cloud], columns: int = 3) -> go.Figure:
         rows, columns, specs=[[{"type": "scene"}] * columns] * rows, subplot_titles=list(clouds),
         horizontal_spacing=0.01, vertical_spacing=0.04,
     )  # fmt: skip
+    ends = np.array([end for cloud in clouds.values() for end in (cloud.min(0), cloud.max(0))])
+    middle, size = (ends.min(0) + ends.max(0)) / 2, float(np.ptp(ends, axis=0).max()) or 1.0
     for i, cloud in enumerate(clouds.values()):
         step = -(-len(cloud) // MOST)
-        x, y, z = np.asarray(cloud, np.float32)[::step].round(4).T
+        x, y, z = ((cloud[::step] - middle) / size).round(4).astype(np.float32).T
         marker = {"size": 1.6, "color": y, "colorscale": "Viridis"}
         dots = go.Scatter3d(x=x, y=y, z=z, mode="markers", marker=marker, hoverinfo="skip")
         figure.add_trace(dots, row=i // columns + 1, col=i % columns + 1)

@@ -71,6 +71,7 @@ class Keeper(lightning.Callback):
         """Go on from a checkpoint of the run."""
         state = checkpoint.training()
         self.best, self._scaler = state["best"], state["scaler"]
+        self._sums, self._count = dict(state.get("sums", {})), state.get("count", 0)
         if self.run.writes:
             self.run.rewind(checkpoint.step)
             self.run.log(f"going on from step {checkpoint.step}")
@@ -78,6 +79,8 @@ class Keeper(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         if self._scaler:
             trainer.precision_plugin.load_state_dict(dict(self._scaler))
+        if module.average is not None and not module.average.updates:
+            module.average.start()  # only now all processes have the parameters of the first
         # after Lightning's own handlers, which broadcast from inside a handler: that message
         # can meet the all-reduce of a gradient
         self.signals.catch()
@@ -183,7 +186,9 @@ class Keeper(lightning.Callback):
 
     def _state(self, trainer: lightning.Trainer, module: DenoisingModule) -> dict[str, Any]:
         scaler = trainer.precision_plugin.state_dict()
-        return {**module.state(trainer.optimizers[0]), "best": self.best, "scaler": scaler}
+        sums = {name: total.detach().cpu() for name, total in self._sums.items()}
+        own = {"best": self.best, "scaler": scaler, "sums": sums, "count": self._count}
+        return {**module.state(trainer.optimizers[0]), **own}
 
     def _save(
         self, module: DenoisingModule, name: str, training: Mapping[str, Any] | None = None

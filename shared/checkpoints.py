@@ -20,7 +20,8 @@ import io
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -85,6 +86,19 @@ def versions() -> Mapping[str, str]:
 
 
 # -- writing ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write to in place of ``path``, with the same suffixes, moved there in the end; an
+    error leaves ``path`` as it was."""
+    part = path.with_name(f".part-{os.getpid()}-{path.name}")
+    part.unlink(missing_ok=True)
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -102,7 +102,10 @@ VERBS = {
     ),
     "doctor": Verb("say what this installation can do", "shared.doctor:doctor", examples=("",)),
 }
-PATHS = ("out", "run", "path", "reference", "refine", "truth", "report")
+PATHS = (
+    "out", "run", "path", "reference", "refine", "truth", "report", "start", "data",
+    "domain.data", "domain.views", "domain.coarse", "request.scan",
+)  # fmt: skip
 MISTAKES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 
@@ -261,11 +264,14 @@ def overrides(
     Raises:
         ConfigurationError: a word that is neither an option nor ``key=value``.
     """
-    out = []
+    out, paths = [], []
     for word in words:
         key, equals, value = word.partition("=")
         if bare and ((not equals and not word.startswith("-")) or Path(word).exists()):
             key, equals, value = "path", "=", word
+            paths.append(word)
+            if len(paths) > 1:
+                raise ConfigurationError(f"{verb} takes one path, not {' and '.join(paths)}.")
         elif not equals and not key.startswith("~"):
             raise ConfigurationError(
                 f"'{word}' is not key=value; see {verb} --help"
@@ -276,7 +282,9 @@ def overrides(
         if key.startswith("request."):
             key = f"++{key}"
             value = f"'{value}'" if re.fullmatch(r"[^'\",]*[<>][^'\",]*", value) else value
-        if quote and key in PATHS and value != "null" and value[:1] not in ("'", '"'):
+        known = key.removeprefix("++") in PATHS
+        if quote and known and value != "null" and value[:1] not in ("'", '"'):
+            value = os.path.expanduser(value)
             value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
         out.append(f"{key}={value}" if equals else word)
     return out
@@ -327,13 +335,18 @@ def check_out(config: DictConfig, file: bool = False) -> None:
     Raises:
         ConfigurationError: names the file in the way, or the folder that cannot be written.
     """
-    out = Path(config.get("out") or ".").absolute()
+    check_place("out", config.get("out"), file)
+
+
+def check_place(key: str, value: str | None, file: bool = False) -> None:
+    """:func:`check_out` for another key."""
+    out = Path(value or ".").absolute()
     folder = out.parent if file and out.is_file() else out
     place = next(path for path in (folder, *folder.parents) if path.exists())
     if not place.is_dir():
-        raise ConfigurationError(f"out={config.out}: {place} is a file; give a folder.")
-    if config.get("out") and not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigurationError(f"out={config.out}: {place} cannot be written; choose another.")
+        raise ConfigurationError(f"{key}={value}: {place} is a file; give a folder.")
+    if value and not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigurationError(f"{key}={value}: {place} cannot be written; choose another.")
 
 
 class Bar:

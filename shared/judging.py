@@ -36,18 +36,27 @@ def evaluate(config: DictConfig, program: Program, progress: Progress | None = N
         if not reference:
             raise ConfigurationError(f"reference={config.reference} holds no usable item.")
     metrics = domain.metrics(items, reference)
-    folder = Path(config.out or (path if path.is_dir() else path.parent))
-    folder.mkdir(parents=True, exist_ok=True)
+    file = _report_file(config, path, settings)
+    file.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "path": str(path.resolve()),
         "reference": config.reference,
         "metrics": {name: estimate.as_json() for name, estimate in metrics.items()},
     }
-    write_atomically(folder / "metrics.json", (json.dumps(content, indent=1) + "\n").encode())
+    write_atomically(file.parent / "metrics.json", (json.dumps(content, indent=1) + "\n").encode())
     shown = domain.compare(items, reference)
-    file = _report_of_items(folder / "report.html", domain, items, metrics, settings, path, shown)
+    _report_of_items(file, domain, items, metrics, settings, path, shown)
     lines = [f"{name}: {estimate}" for name, estimate in metrics.items()]
-    return Outcome([*lines, f"report: {file}"], file)
+    lost = Counter(item.reason for item in items if isinstance(item, Invalid))
+    lines += [f"{count} of {len(items)}: {reason}" for reason, count in lost.most_common(3)]
+    return Outcome([*lines, f"report: {file}"], file, lost.total() < len(items))
+
+
+def _report_file(config: Any, path: Path, settings: Mapping[str, Any]) -> Path:
+    """In ``config.out``, or beside what is judged, where a design has a report of its own."""
+    folder = Path(config.out or (path if path.is_dir() else path.parent))
+    own = config.out is None and "wish" in settings
+    return folder / ("evaluation.html" if own else "report.html")
 
 
 def settings_of(path: Path) -> dict[str, Any]:
@@ -78,7 +87,8 @@ def domain_of(config: Any, settings: Mapping[str, Any], program: Program) -> Dom
 
 
 def read_items(domain: Domain[Any], path: Path) -> list[Any]:
-    """The items of a file, or of a sample folder with an Invalid for each sample that has none.
+    """The items of a file, or of a sample folder by their numbers with an Invalid for each sample
+    that has none.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, or no format of the domain.
@@ -89,7 +99,12 @@ def read_items(domain: Domain[Any], path: Path) -> list[Any]:
     last = {record.index: record for record in records}.values()
     files = [path / f"{stem}{domain.suffix}" for stem in STEMS]
     items = [item for file in files if file.exists() for item in domain.read(file)]
-    return items + [Invalid(str(r.index), r.reason) for r in last if r.status != "ok"]
+    made = [record.index for record in records if record.status == "ok"]
+    if len(made) != len(items):
+        raise ValueError(f"{path} holds {len(items)} items, its manifest says {len(made)}.")
+    found = dict(zip(made, items, strict=True))
+    found |= {r.index: Invalid(str(r.index), r.reason) for r in last if r.status != "ok"}
+    return [found[index] for index in sorted(found)]
 
 
 def report(config: DictConfig, program: Program, progress: Progress | None = None) -> Outcome:
@@ -100,7 +115,7 @@ def report(config: DictConfig, program: Program, progress: Progress | None = Non
         domain = domain_of(config, settings, program)
         items = read_items(domain, path)
         metrics = domain.metrics(items) if items else {}
-        file = Path(config.out or path) / "report.html"
+        file = _report_file(config, path, settings)
         return _reported(_report_of_items(file, domain, items, metrics, settings, path))
     run = Run.open(path)
     curves: dict[str, list[tuple[float, float]]] = {}

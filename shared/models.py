@@ -17,7 +17,7 @@ from shared.denoisers import Denoiser
 from shared.domains import Domain, Invalid, Item
 from shared.heads import with_head
 from shared.predictions import Denoise
-from shared.runs import Run
+from shared.runs import Run, pretrained
 from shared.sampling import Memory, Summary
 from shared.sampling import sample as run_sampling
 from shared.solvers.base import Solver
@@ -213,6 +213,18 @@ def _settle(group: str, config: Any, own: Mapping[str, Any], suited: str) -> Any
     if group in own and not options:
         return OmegaConf.create(dict(own[group]))
     return option(group, suited, **options)
+
+
+def beside(model: Model[Any], out: str | Path | None) -> Path:
+    """Where what is found of a model goes: ``out``, else the folder of its weights.
+
+    Raises:
+        ConfigurationError: that of a shipped model, which every run of this machine shares.
+    """
+    if out is None and model.checkpoint.path in pretrained().values():
+        name = model.run.folder.name
+        raise ConfigurationError(f"run={name} is a shipped model: give out=FOLDER.")
+    return Path(out or model.checkpoint.path)
 
 
 def find_device(name: str) -> torch.device:

@@ -217,8 +217,13 @@ class MovingAverage:
     def __init__(self, module: nn.Module, decay: float, warmup: bool = False) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"trainer.ema: the decay must lie in [0, 1), not {decay}.")
-        self.decay, self.warmup, self.updates = decay, warmup, 0
+        self.decay, self.warmup = decay, warmup
         self._module = module
+        self.start()
+
+    def start(self) -> None:
+        """Begin at the parameters as they are now."""
+        self.updates = 0
         self.shadow = {n: p.detach().clone() for n, p in self._parameters()}
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -16,6 +16,11 @@ State = dict[str, Tensor]
 Scale = float | Tensor
 
 
+def version(tensor: Tensor) -> int:
+    """How often it was changed in place; tensors of inference mode do not count that."""
+    return -1 if tensor.is_inference() else int(tensor._version)
+
+
 @dataclass(frozen=True)
 class Field:
     """One named array of the state.

@@ -28,7 +28,8 @@ class Folder:
     left is consistent, and at most the chunk in flight is lost.
 
     Raises:
-        ValueError: the folder was made with other settings, or its files were changed.
+        ValueError: the folder was made with other settings, holds more samples than are asked for,
+            or its files were changed.
     """
 
     def __init__(
@@ -86,6 +87,12 @@ class Folder:
                         f"now asked for {_short(now.get(key))}; choose another out, or remove "
                         "that folder."
                     )
+            held = 1 + max((record.index for record in read_manifest(self.path)), default=-1)
+            if held > asked.get("n", held):
+                raise ValueError(
+                    f"{self.path} holds {held} samples already, more than n={asked['n']}; give "
+                    f"n={held} or more, or choose another out."
+                )
             asked["result"] = result
         elif self.manifest.exists():
             raise ValueError(

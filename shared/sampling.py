@@ -198,8 +198,8 @@ def sample(
     Raises:
         ValueError: settings that do not fit together, before any work.
         RuntimeError: not even one sample fits in memory.
-        FloatingPointError, DecodeError: every sample of a chunk failed; one that fails among
-            others is recorded as 'failed' instead.
+        FloatingPointError, DecodeError: every sample of a chunk of two or more failed; one that
+            fails among others, or alone, is recorded as 'failed' instead.
     """
     if batch < 1 or n < 1:
         raise ValueError(f"n={n}, batch={batch}: both must be at least 1.")

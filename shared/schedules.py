@@ -223,6 +223,7 @@ def _cosine_betas(steps: int, s: float, cap: float) -> tuple[float, ...]:
 
 def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
     """Piecewise linear through increasing knots; the outer segments go on."""
+    xs, ys = xs.to(x.device), ys.to(x.device)
     right = torch.searchsorted(xs, x.detach().contiguous()).clamp(1, len(xs) - 1)
     x0, x1, y0, y1 = xs[right - 1], xs[right], ys[right - 1], ys[right]
     return y0 + (x - x0) * (y1 - y0) / (x1 - x0)
@@ -424,8 +425,10 @@ class LearnedGamma(nn.Module, VariancePreserving):
         ends = self._monotone(
             torch.tensor([0.0, 1.0], dtype=torch.float64, device=self.slope.device)
         )
-        unit = (self._monotone(as_time(t)) - ends[0]) / (ends[1] - ends[0])
-        return self.gamma_0 + (self.gamma_1 - self.gamma_0) * unit
+        given = as_time(t)
+        unit = (self._monotone(given.to(ends.device)) - ends[0]) / (ends[1] - ends[0])
+        gamma: Tensor = self.gamma_0 + (self.gamma_1 - self.gamma_0) * unit
+        return gamma.to(given.device)  # solvers keep their times on the CPU
 
     def log_alpha(self, t: Time) -> Tensor:
         return _log_sqrt_sigmoid(-self.gamma(t))

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import lightning
@@ -82,6 +83,10 @@ class TrainerSettings:
         for name in ("max_steps", "batch_size", "accumulate", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("keep_every", "validate_every", "score_every"):
+            every = getattr(self, name)
+            if every is not None and every < 1:
+                raise ValueError(f"trainer.{name} must be at least 1 (null: never), not {every}.")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"trainer.batch_size ({self.batch_size}) must be a multiple of "
@@ -130,8 +135,12 @@ class DenoisingModule(lightning.LightningModule):
         most = max(1, batches.count // batches.size)
         return batches.loader(range(min(most, self.settings.validation_batches)))
 
+    @cached_property
+    def _datasets(self) -> tuple[Any, Any]:
+        return self.domain.datasets()
+
     def _batches(self, name: str) -> Batches:
-        training, validation = self.domain.datasets()
+        training, validation = self._datasets
         return Batches(
             self.domain,
             self.denoiser.process,

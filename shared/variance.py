@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shared.checkpoints import write_atomically
 from shared.denoisers import Denoiser
 from shared.domains import Batch
 from shared.predictions import Condition, Denoise, Prediction
@@ -102,7 +103,7 @@ def estimate_gamma(
 def save_gamma(path: Path | str, gammas: Mapping[str, Gamma]) -> None:
     """Write the tables of all fields as JSON."""
     tables = {name: {"times": g.times, "values": g.values} for name, g in gammas.items()}
-    Path(path).write_text(json.dumps(tables))
+    write_atomically(Path(path), json.dumps(tables).encode())
 
 
 def load_gamma(path: Path | str | None) -> dict[str, Gamma]:

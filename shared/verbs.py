@@ -27,7 +27,7 @@ from shared.denoisers import Denoiser
 from shared.domains import Batch, Domain
 from shared.heads import new_head, save_head, train_head
 from shared.judging import evaluate, report
-from shared.models import Model, find_choice, find_device, guided, load, settled
+from shared.models import Model, beside, find_choice, find_device, guided, load, settled
 from shared.runs import Run, writing
 from shared.sample_folders import Folder
 from shared.sampling import Memory
@@ -78,7 +78,7 @@ def begin_from(denoiser: Denoiser, start: str) -> list[str]:
         ConfigurationError: not one tensor agrees.
     """
     stored = checkpoints.load(Run.open(start).checkpoint())
-    theirs, ours = stored.ema or stored.weights, denoiser.state_dict()
+    theirs, ours = {**stored.weights, **(stored.ema or {})}, denoiser.state_dict()
     fitting = {k: v for k, v in theirs.items() if k in ours and ours[k].shape == v.shape}
     if not fitting:
         raise ConfigurationError(f"start={start}: none of its weights fits this model.")
@@ -185,8 +185,9 @@ def variance(config: DictConfig, program: Program, progress: Progress | None = N
     model = load(config.run, config.checkpoint, config.data)
     program.check_domain(model.checkpoint.config["domain"])
     process, device = model.denoiser.process, find_device(config.device)
+    folder = beside(model, config.out)
     if config.kind != "gamma":
-        return _head(config, model, device, progress)
+        return _head(config, model, folder, device, progress)
     grid = find_choice(config.grid, model.domain, model.checkpoint)
     times = [t for t in grid(process.lead, config.steps) if float(process.lead.sigma(t)) > 0.0]
     records = model.records()
@@ -201,21 +202,23 @@ def variance(config: DictConfig, program: Program, progress: Progress | None = N
                 progress(number + 1, count)
 
     gammas = estimate_gamma(model.denoiser.to(device), process, chunks(), times, config.seed)
-    folder = Path(config.out or model.checkpoint.path)
     folder.mkdir(parents=True, exist_ok=True)
     save_gamma(file := folder / GAMMA, gammas)
     return Outcome((f"Gamma at {len(times)} times: {file}",), file)
 
 
 def _head(
-    config: DictConfig, model: Model[Any], device: torch.device, progress: Progress | None
+    config: DictConfig,
+    model: Model[Any],
+    folder: Path,
+    device: torch.device,
+    progress: Progress | None,
 ) -> Outcome:
     """Train a variance head."""
     head = new_head(model.denoiser.to(device), model.domain, config.kind, config.seed)
     records = model.records()
     batches = Batches(model.domain, head.process, records, config.batch, config.seed)
     losses = train_head(head, batches, config.updates, config.lr, progress)
-    folder = Path(config.out or model.checkpoint.path)
     folder.mkdir(parents=True, exist_ok=True)
     last = losses[-max(1, len(losses) // 10) :]
     file = save_head(folder, head)
@@ -241,7 +244,7 @@ def share(config: DictConfig, program: Program, progress: Progress | None = None
     domain = build(OmegaConf.create(dict(stored.config["domain"])))
     settings = plain(OmegaConf.create(dict(stored.config)))
     for key, value in settings["domain"].items():
-        if key == "data" or (isinstance(value, str) and Path(value).exists()):
+        if key == "data" or (isinstance(value, str) and _names_file(value)):
             settings["domain"][key] = None  # what only this machine has
     checkpoints.save(
         out,
@@ -258,6 +261,12 @@ def share(config: DictConfig, program: Program, progress: Progress | None = None
             write_atomically(out / file.name, file.read_bytes())
     size = sum(file.stat().st_size for file in out.iterdir())
     return Outcome((f"written: {out} ({size / 1e6:.1f} MB)",), out)
+
+
+def _names_file(value: str) -> bool:
+    """Whether a setting is the path of something here, and not a word that is also a file's."""
+    path = Path(value)
+    return (len(path.parts) > 1 or bool(path.suffix)) and path.exists()
 
 
 # -- convert ----------------------------------------------------------------------------------

@@ -87,6 +87,15 @@ class Judge:
         """The names under which the values of a property stand."""
         return [f"{name}_{short}" for short, o in self.oracles.items() if name in o.accuracy]
 
+    @property
+    def warnings(self) -> list[str]:
+        """Targets that no oracle judges, so that they do not count in the ranking."""
+        unjudged = [target.name for target in self.targets if not self.columns(target.name)]
+        return unjudged and [
+            f"nothing judges {', '.join(unjudged)}: give oracle=RUN, a property model whose "
+            "errors 'molediff oracle measure DATA run=RUN' has found."
+        ]
+
     def __call__(self, items: Sequence[Molecule | Invalid]) -> list[Molecule | Invalid]:
         """The molecules with what the oracles say as their properties."""
         wanted = [target.name for target in self.targets]
@@ -170,8 +179,8 @@ class Known:
     def _fingerprints(self) -> tuple[list[str], list[Any]]:
         """Those that RDKit reads, and their fingerprints."""
         with rdBase.BlockLogs():
-            mols = [(text, Chem.MolFromSmiles(text)) for text in self.smiles]
-        good = [(text, _MORGAN.GetFingerprint(mol)) for text, mol in mols if mol is not None]
+            mols = ((text, Chem.MolFromSmiles(text)) for text in self.smiles)
+            good = [(text, _MORGAN.GetFingerprint(mol)) for text, mol in mols if mol is not None]
         return [text for text, _ in good], [bits for _, bits in good]
 
     def judged(self, designs: Sequence[Design]) -> list[Design]:
@@ -218,7 +227,7 @@ class Judged:
         if isinstance(self.sink, Folder):
             for molecule in _stored(self.sink):
                 self._note(int(molecule.name), molecule)
-        if self.file is not None:
+        if self.file is not None and _indices(self.file) != sorted(self.designs):
             write_rows(self.file, list(self.designs.values()))
 
     @property
@@ -251,6 +260,13 @@ def _stored(folder: Folder) -> list[Molecule]:
     if not folder.file.exists():
         return []
     return [m for m in folder.domain.read(folder.file) if isinstance(m, Molecule)]
+
+
+def _indices(file: Path) -> list[int]:
+    """Of the rows of a CSV, in order; none where the last one is torn."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    return sorted(int(row["index"]) for row in rows) if text.endswith("\n") else []
 
 
 def write_rows(file: Path, designs: Sequence[Design]) -> None:

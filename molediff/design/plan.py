@@ -220,7 +220,9 @@ class Plan:
     def _told(self, name: str) -> bool:
         return name in self.domain.properties and self.steering.condition > 0
 
-    def _similarity(self) -> Term:
+    @cached_property
+    def _fingerprints(self) -> Predictor:
+        """The model of fingerprints that guides."""
         name = companion(self.steering.fingerprints, self.model, "fingerprint")
         if name is None:
             raise ConfigurationError(
@@ -228,22 +230,29 @@ class Plan:
                 "experiment=qm9_fingerprint, or steer without one: score='similar:SMILES'."
             )
         predictor = _fitting(Predictor.load(name), self.model)
-        domain = predictor.domain
-        if not isinstance(domain, FingerprintMolecules):
+        if not isinstance(predictor.domain, FingerprintMolecules):
             raise ConfigurationError(f"fingerprints={name} predicts properties, not fingerprints.")
+        return predictor
+
+    def _similarity(self) -> Term:
+        domain = self._fingerprints.domain
+        assert isinstance(domain, FingerprintMolecules)
         bits = fingerprint(read_structure(str(self.wish.similar)), domain.kind)
-        energy = fingerprint_energy(predictor.network.predict, bits)
+        energy = fingerprint_energy(self._fingerprints.network.predict, bits)
         return Term(energy, self.steering.pull)
 
     def denoise(self, device: torch.device | str) -> Denoise:
         """The generator under its condition and energies."""
         model, null = self.model.denoiser.to(device), self.domain.null_condition()
         found: Denoise = model
-        if self.steering.condition != 1.0 and null:
+        told = any(name in self.request for name in self.domain.properties)
+        if told and self.steering.condition != 1.0 and null:
             null = {name: value.to(device) for name, value in null.items()}
             found = ClassifierFree(model, model.process, null, self.steering.condition)
-        if self.predictor is not None:
-            self.predictor.network.to(device)
+        similar = None if self.wish.similar is None else self._fingerprints
+        for predictor in (self.predictor, similar):
+            if predictor is not None:
+                predictor.network.to(device)
         return Guided(found, model.process, self.terms) if self.terms else found
 
     @property

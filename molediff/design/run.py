@@ -29,13 +29,14 @@ from molediff.geometric.predicting import NetworkOracle
 from molediff.molecules import Molecule
 from molediff.oracles import Oracle, XTBOracle, shipped
 from molediff.scorers import Scorer, similar
+from shared.checkpoints import whole
 from shared.cli import Outcome, Program, Progress
 from shared.configuration import ConfigurationError, plain
 from shared.domains import Invalid
 from shared.metrics import Estimate
 from shared.models import STEPS, Model, find_choice, find_device, load, settled
 from shared.runs import writing
-from shared.sample_folders import Folder, read_manifest
+from shared.sample_folders import Folder
 from shared.sampling import Memory, Sink, Summary
 from shared.sampling import sample as run_sampling
 from shared.solvers.base import Solver
@@ -79,10 +80,17 @@ class Designs:
         return summary(self.judge, self.designs, self.n)
 
     def write(self, folder: str | Path) -> Path:
-        """molecules.sdf, molecules.csv and report.html, best first."""
+        """molecules.sdf, molecules.csv and report.html, best first, in place of earlier ones.
+
+        Raises:
+            ValueError: the folder is that of ``molediff design``, which goes on in it.
+        """
         folder = Path(folder)
+        if (folder / "manifest.jsonl").exists():
+            raise ValueError(f"{folder} is of a `molediff design`; choose another folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        write(folder / "molecules.sdf", self.molecules)
+        with whole(folder / "molecules.sdf") as file:
+            write(file, self.molecules)
         write_rows(folder / "molecules.csv", self.designs)
         facts = {"n": self.n, "seed": self.seed, **_best_facts(self.designs)}
         return report.write(
@@ -101,9 +109,10 @@ def oracles(
     oracle: str | None = "auto",
     xtb: bool | str = "auto",
     scorers: Sequence[Scorer] = (),
+    device: torch.device | str = "cpu",
 ) -> dict[str, Oracle]:
-    """Short name -> what judges the molecules of a generator; xTB does not where one of the
-    ``scorers`` steers by it.
+    """Short name -> what judges the molecules of a generator, a network on ``device``; xTB does
+    not where one of the ``scorers`` steers by it.
 
     Raises:
         ConfigurationError: xTB is asked for but not installed, or an unknown choice.
@@ -111,7 +120,7 @@ def oracles(
     found: dict[str, Oracle] = {}
     name = companion(oracle, model, "oracle")
     if name is not None:
-        found["network"] = NetworkOracle.load(name)
+        found["network"] = NetworkOracle.load(name, device)
     installed = find_spec("tblite") is not None and find_spec("dftd4") is not None
     if xtb not in ("auto", "relax", True, False):
         raise ConfigurationError(f"xtb={xtb}: choose auto, true, false or relax.")
@@ -190,11 +199,12 @@ def design(
     targets |= dict(fields.pop("targets", {}))
     plan = Plan(model, Wish(targets, **fields), Steering(**steer))
     warnings = plan.check(force)
+    judge = _judge(plan, oracle, xtb, find_device(device))
+    warnings += judge.warnings
     seed = secrets.randbelow(2**31) if seed is None else seed
     how = Sampling(
         n, seed, *model.chosen(solver, grid, _steps(steps, plan)), batch, find_device(device)
     )
-    judge = _judge(plan, oracle, xtb)
     memory = Memory()
     judged = Judged(memory, judge, seen or (lambda design: None))
     sampled(plan, how, judged)
@@ -202,13 +212,14 @@ def design(
     return Designs(finished(model, judged), failures, judge, seed, n, tuple(warnings))
 
 
-def _judge(plan: Plan, oracle: str | None, xtb: bool | str) -> Judge:
+def _judge(plan: Plan, oracle: str | None, xtb: bool | str, device: torch.device | str) -> Judge:
     """Everything that was wished for, under the eyes of the oracles.
 
     Raises:
         ConfigurationError: a network that steers is to judge as well.
     """
-    found, scorers = oracles(plan.model, oracle, xtb, plan.wish.scorers), list(plan.wish.scorers)
+    scorers = list(plan.wish.scorers)
+    found = oracles(plan.model, oracle, xtb, scorers, device)
     network = found.get("network")
     if plan.targets and plan.predictor is not None and isinstance(network, NetworkOracle):
         steering, judging = (p.model.run.folder for p in (plan.predictor, network.predictor))
@@ -249,7 +260,8 @@ def design_verb(config: DictConfig, program: Program, progress: Progress | None 
     steering = Steering(**_chosen(options, tuple(Steering.__dataclass_fields__)))
     plan = Plan(model, wish, steering)
     warnings = plan.check(bool(config.force))
-    judge = _judge(plan, config.oracle, config.xtb)
+    judge = _judge(plan, config.oracle, config.xtb, find_device(config.device))
+    warnings += judge.warnings
     out, seed = _folder(config, wish)
     config.steps = _steps(config.steps, plan)
     chosen = settled(config, plan.domain, model.checkpoint)
@@ -276,7 +288,7 @@ def design_verb(config: DictConfig, program: Program, progress: Progress | None 
         out / "report.html",
         judge,
         designs,
-        [Invalid(str(r.index), r.reason) for r in read_manifest(out) if r.status != "ok"],
+        [Invalid(str(r.index), r.reason) for r in sink.records.values() if r.status != "ok"],
         n=config.n,
         facts=_facts(settings, made, designs),
         known=model.domain.statistics().get("known", ()),
@@ -361,7 +373,7 @@ def _facts(settings: Mapping[str, Any], made: Summary, designs: list[Design]) ->
         **_best_facts(designs),
         "seed": settings["seed"],
         "solver": str(settings["solver"].get("_target_", "")).rpartition(".")[2],
-        "denoiser calls": settings["steps"],
+        "denoiser calls": made.nfe or settings["steps"],
         "tries each": settings["tries"],
         "seconds": round(made.seconds, 1),
     }

@@ -80,9 +80,12 @@ class Wish:
         Raises:
             ConfigurationError: an unknown scorer, or a wish that cannot be read.
         """
-        return [_scorer(text.strip()) for text in (self.score or "").split(";") if text.strip()]
+        texts = _BETWEEN.split(self.score or "")
+        return [_scorer(text.strip()) for text in texts if text.strip()]
 
 
+_BETWEEN = re.compile(r";(?![^\[\]]*\])")
+"""A semicolon between scorers; one in the brackets of a SMARTS pattern belongs to it."""
 _AIM = re.compile(r"(?P<name>[^<>=]+?)\s*(?P<sign><=|>=|<|>|=)\s*(?P<rest>.+)")
 
 
@@ -126,20 +129,33 @@ TEXTS = ("scaffold", "composition", "similar", "energy", "score")
 
 def as_overrides(words: Sequence[str]) -> list[str]:
     """Words of ``molediff design`` in Hydra's grammar: what is no key of the command is a target,
-    ``gap=5.0`` -> ``++targets.gap=5.0``, ``gap>5`` -> ``++targets.gap='>5'``."""
+    ``gap=5.0`` -> ``++targets.gap=5.0``, ``gap>5`` -> ``++targets.gap='>5'``; with a ``gap<7``
+    beside it a range.
+
+    Raises:
+        ConfigurationError: a word that is no target, or two targets for one property.
+    """
     known = {key.partition(".")[0] for key in configuration.known_keys("design")}
-    return [_override(word, known) for word in words]
+    overrides, wishes = [], dict[str, list[tuple[str, str]]]()
+    for word in words:
+        key, equals, value = word.partition("=")
+        name = key.strip("+~").partition(".")[0]
+        if name in TEXTS and equals:
+            overrides.append(f"{key}={_quoted(value)}" if value != "null" else word)
+        elif name in known or word.startswith("-") or not (equals or is_inequality(word)):
+            overrides.append(word)
+        else:
+            name, text = _target(word)
+            wishes.setdefault(name.lower(), []).append((name, text))
+    merged = (_one_wish(found[0][0], [text for _, text in found]) for found in wishes.values())
+    return overrides + [f"++targets.{name}={_value(text)}" for name, text in merged]
 
 
-def _override(word: str, known: set[str]) -> str:
-    key, equals, value = word.partition("=")
-    name = key.strip("+~").partition(".")[0]
-    if name in TEXTS and equals:
-        return f"{key}={_quoted(value)}" if value != "null" else word
-    if name in known or word.startswith("-") or not (equals or is_inequality(word)):
-        return word
+def _target(word: str) -> tuple[str, str]:
+    """The property and what is wanted of it."""
     if not is_inequality(word):
-        return f"++targets.{key.strip()}={_value(value.strip())}"
+        key, _, value = word.partition("=")
+        return key.strip(), value.strip()
     names = [part.strip() for part in re.split(r"[<>=\u2264\u2265]+", word)]
     names = [part for part in names if part[:1].isalpha()]
     if len(names) != 1 or not re.fullmatch(r"\w+", names[0]):
@@ -147,8 +163,22 @@ def _override(word: str, known: set[str]) -> str:
             f"'{word}' is not a target: write gap=5.0, 'gap>5', mu=2..3 or homo=max."
         )
     text = word.strip()
-    text = text[len(names[0]) :].strip() if text.startswith(names[0]) else text
-    return f"++targets.{names[0]}={_quoted(text)}"
+    return names[0], text[len(names[0]) :].strip() if text.startswith(names[0]) else text
+
+
+def _one_wish(name: str, texts: Sequence[str]) -> tuple[str, str]:
+    """All that is wanted of one property as one text; two open ends make a range."""
+    if len(texts) == 1:
+        return name, texts[0]
+    ends = {text[:1].translate(_STRICT): text[1:].lstrip("= ") for text in texts}
+    if len(texts) > 2 or set(ends) != {"<", ">"}:
+        raise ConfigurationError(
+            f"{name} has {len(texts)} targets: write one, such as {name}=2..3."
+        )
+    return name, f"{ends['>']} < {name} < {ends['<']}"
+
+
+_STRICT = str.maketrans("\u2264\u2265", "<>")
 
 
 def _value(text: str) -> str:

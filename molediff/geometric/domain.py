@@ -95,8 +95,10 @@ class Molecules(Domain[Molecule]):
         return MoleculeData(self.data)
 
     def statistics(self) -> dict[str, Any]:
-        if self._restored is not None:
-            return dict(self._restored)
+        return dict(self._measured if self._restored is None else self._restored)
+
+    @cached_property
+    def _measured(self) -> dict[str, Any]:
         training = self._loaded.subset("train")
         return {
             "domain": self.name,
@@ -306,9 +308,10 @@ class Molecules(Domain[Molecule]):
         return {n: float(weights[known[:, 0] == n].sum()) for n in allowed}
 
     def null_condition(self) -> dict[str, Tensor]:
-        """Nothing given: NaN for every property."""
+        """Nothing given: NaN for every property; none for a network that must be told all."""
         free = torch.full((1, len(self.properties)), torch.nan)
-        return {"context": free} if self.properties else {}
+        needs_all = not (self._restored or {}).get("free", True)
+        return {"context": free} if self.properties and not needs_all else {}
 
     def decode(self, state: State, mask: Tensor | None) -> list[Molecule | Invalid]:
         positions = state["positions"].float().numpy()

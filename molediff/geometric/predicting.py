@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from shared.checkpoints import write_atomically
 from shared.cli import Outcome, Program, Progress
 from shared.domains import Invalid
 from shared.metrics import Estimate, mean
-from shared.models import Model, find_device, load
+from shared.models import Model, beside, find_device, load
 
 ACCURACY = "accuracy.json"
 
@@ -127,9 +128,9 @@ class NetworkOracle:
     predictor: Predictor
 
     @classmethod
-    def load(cls, run: str | Path) -> NetworkOracle:
+    def load(cls, run: str | Path, device: torch.device | str = "cpu") -> NetworkOracle:
         """From a run folder or the name of a pretrained model."""
-        return cls(Predictor.load(run))
+        return cls(Predictor.load(run, device))
 
     @property
     def name(self) -> str:
@@ -178,13 +179,14 @@ def measure(
 def measure_verb(config: Any, program: Program, progress: Progress | None = None) -> Outcome:
     """``molediff oracle measure``: the errors of a property model, beside its weights."""
     predictor = Predictor.load(config.run, find_device(config.device))
+    folder = beside(predictor.model, config.out)
     found = measure(predictor, MoleculeData(config.path), config.n, config.seed)
     rows = {
         name: {"unit": a.unit, "mae": a.mae.as_json(), "reference": a.reference}
         for name, a in found.items()
     }
-    file = Path(config.out or predictor.model.checkpoint.path) / ACCURACY
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = folder / ACCURACY
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(file, (json.dumps(rows, indent=1) + "\n").encode())
     return Outcome([*(f"{name}: {a}" for name, a in found.items()), f"written: {file}"], file)
 
@@ -234,9 +236,9 @@ def label(
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(source.path, part)
     np.save(part / "properties.npy", values)
-    info = source.info | {
-        "labelled": {"by": str(predictor.model.run.folder.name), "keep": keep, "n": len(todo)}
-    }
+    labelled = {"by": str(predictor.model.run.folder.name), "keep": keep, "n": len(todo)}
+    own_mark = hashlib.sha256(f"{source.info['fingerprint']} {labelled}".encode()).hexdigest()
+    info = source.info | {"labelled": labelled, "fingerprint": own_mark}
     (part / "data.json").write_text(json.dumps(info, indent=1))
     part.rename(out)
     return MoleculeData(out)

@@ -17,7 +17,7 @@ from molediff.graphs.layers import (
     normalised,
 )
 from shared.predictions import Condition
-from shared.process import State
+from shared.process import State, version
 
 CHUNK = 30_000
 """Matrix entries at a time when no gradient is needed: what a processor's cache holds."""
@@ -170,12 +170,12 @@ class GraphScoreNetwork(nn.Module):
 
     def _pairs(self, mask: Tensor, count: int, dtype: torch.dtype) -> list[Pairs]:
         """The pairs of every chunk; a sampler asks with the same mask again and again."""
-        known, version, pairs = self._seen
-        if known is mask and version == mask._version and len(pairs) == count:
+        known, seen, pairs = self._seen
+        if known is mask and seen == version(mask) and len(pairs) == count:
             if pairs[0].mask.dtype == dtype:
                 return pairs
         pairs = [Pairs.of(part, dtype) for part in torch.tensor_split(mask, count)]
-        self._seen = (mask, mask._version, pairs)
+        self._seen = (mask, version(mask), pairs)
         return pairs
 
     def _score(self, x: Tensor, adjacency: Tensor, pairs: Pairs) -> State:

@@ -1,7 +1,7 @@
 """Sampling with parts of the answer, or measurements of it, given.
 
 Two ways: replacement with resampling (:class:`RePaint`, a solver around any solver), and by
-gradient (:class:`Measurement` and :func:`inpainting`, energies on the estimate of x_0).
+gradient (:class:`Measurement` and :class:`Inpainting`, energies on the estimate of x_0).
 """
 
 from __future__ import annotations

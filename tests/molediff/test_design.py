@@ -85,13 +85,28 @@ def test_words_become_settings(word, override):
     assert as_overrides([word]) == [override]
 
 
+def test_two_open_ends_make_a_range_and_other_pairs_are_refused():
+    assert as_overrides(["gap>5 eV", "n=4", "gap<=7"]) == ["n=4", "++targets.gap='5 eV < gap < 7'"]
+    for words in (["gap=5", "gap=6"], ["gap>5", "Gap>6"], ["gap>5", "gap=6"]):
+        with pytest.raises(ConfigurationError, match="has 2 targets"):
+            as_overrides(words)
+
+
 def test_wishes_are_read_as_they_were_meant():
     known = {"gap": {"unit": "eV", "mean": 6.9, "mad": 1.0, "min": 1.0, "max": 14.0}}
-    for value, text in ((5, "gap = 5 eV"), (">5", "gap >= 5 eV"), ("2<gap<3", "2 <= gap <= 3 eV")):
+    for value, text in (
+        (5, "gap = 5 eV"),
+        (">5", "gap >= 5 eV"),
+        ("5 < gap", "gap >= 5 eV"),
+        ("gap<5", "gap <= 5 eV"),
+        ("2<gap<3", "2 <= gap <= 3 eV"),
+    ):
         assert str(Wish({"gap": value}).parsed(known)[0]) == text
     assert Wish(composition="C = 6, N<=1;F=0").limits == ["C=6", "N<=1", "F=0"]
     scorers = Wish(score="qed>0.6; has:C=O").scorers
     assert [s.name for s in scorers] == ["qed", "has:C=O"]
+    within = Wish(score="has:[$([#6;R])]; lacks:[N+](=O)[O-];qed").scorers
+    assert [s.name for s in within] == ["has:[$([#6;R])]", "lacks:[N+](=O)[O-]", "qed"]
     assert scorers[0].target is not None
     for wrong in ("nonsense", "qed>much"):
         with pytest.raises(ConfigurationError, match="score"):

@@ -11,6 +11,7 @@ from rdkit.Chem import rdDepictor, rdDistGeom
 
 from molediff.files import read, write
 from molediff.molecules import Molecule
+from shared.checkpoints import whole
 from shared.domains import Invalid
 
 FUZZ = int(os.environ.get("MOLEDIFF_FUZZ", "600"))
@@ -248,6 +249,40 @@ def test_a_damaged_archive_gives_its_whole_records_and_a_report(tmp_path, molecu
     assert kinds == [Molecule, Molecule, Invalid]
     path.write_bytes(b"not gzip at all")
     assert "damaged" in next(iter(read(path))).reason
+
+
+def test_a_last_record_without_the_end_of_its_line_is_whole(tmp_path, molecules):
+    path = tmp_path / "a.sdf"
+    write(path, molecules[:2])
+    path.write_text(path.read_text().rstrip("\n"))
+    write(path, molecules[2:])
+    assert [m.name for m in valid(path)] == [m.name for m in molecules]
+
+
+def test_a_table_has_the_properties_of_all_molecules(tmp_path, molecules):
+    some = [
+        molecules[0].replace(properties={"gap": 5.0}),
+        molecules[1].replace(properties={"mu": 2.0}),
+    ]
+    write(tmp_path / "a.csv", some)
+    found = [{k: m.properties.get(k) for k in ("gap", "mu")} for m in valid(tmp_path / "a.csv")]
+    assert found == [{"gap": 5.0, "mu": None}, {"gap": None, "mu": 2.0}]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, molecules):
+    path = tmp_path / "a.sdf"
+    path.write_text("before")
+    bare = Molecule(np.array([1, 1]), np.eye(3)[:2], np.zeros(2, np.int8))
+    with pytest.raises(ValueError, match="bonds"), whole(tmp_path / "a.smi") as file:
+        write(file, [*molecules, bare])
+    with pytest.raises(ValueError, match="no molecule format"), whole(path) as file:
+        write(file.with_suffix(".text"), molecules)
+    assert [f.name for f in tmp_path.iterdir()] == ["a.sdf"]
+    assert path.read_text() == "before"
+    with whole(path) as file:
+        write(file, molecules)
+    assert [m.name for m in valid(path)] == [m.name for m in molecules]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("suffix", [".sdf", ".pdb"])

@@ -115,6 +115,20 @@ def test_a_converted_model_samples_as_published(command, tmp_path) -> None:
     assert load(tmp_path / "sized").domain.sizes == {3: 1, 4: 1}
 
 
+def test_export_leaves_out_what_the_format_cannot_hold(command, tmp_path) -> None:
+    (tmp_path / "one.xyz").write_text("2\n\nH 0 0 0\nH 0 0 0.74\n")
+    target = tmp_path / "made.smi"
+    status, _, err = command("export", tmp_path / "one.xyz", f"to={target}", "domain=molecules")
+    assert (status, "nothing to export" in err, "bonds" in err) == (2, True, True)
+    assert not target.exists()
+    (tmp_path / "two.smi").write_text("CCO\nnonsense\n")
+    words = ("export", tmp_path / "two.smi", f"to={tmp_path / 'made.csv'}", "domain=molecules")
+    status, said, _ = command(*words)
+    assert (status, said.splitlines()[0]) == (0, f"1 items: {tmp_path / 'made.csv'}")
+    assert "1 left out: not read: 'nonsense'" in said
+    assert [f.name for f in tmp_path.glob("*made*")] == ["made.csv"]
+
+
 def test_exports_with_coordinates(command, tmp_path) -> None:
     samples = tmp_path / "made.csv"
     samples.write_text("smiles\nCCO\nc1ccccc1O\n")

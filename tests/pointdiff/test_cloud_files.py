@@ -319,3 +319,12 @@ def test_compressed_pcd_files_are_read(tmp_path):
     (tmp_path / "a.pcd").write_bytes(content[:-9])
     (bad,) = read(tmp_path / "a.pcd")
     assert "announces" in bad.reason
+
+
+def test_folders_in_folders_and_columns_beside_the_coordinates(tmp_path, points):
+    (tmp_path / "chair" / "train").mkdir(parents=True)
+    np.save(tmp_path / "chair" / "train" / "a.npy", np.concatenate([points, points], 1))
+    write_one(tmp_path / "b.ply", points + 1)
+    found = list(read(tmp_path))
+    np.testing.assert_allclose(found[0], points + 1, rtol=1e-5)
+    np.testing.assert_allclose(found[1], points, rtol=1e-5)

@@ -3,6 +3,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial import cKDTree
+from scipy.spatial.distance import cdist
 
 from pointdiff import metrics
 from pointdiff.assignment import assign
@@ -70,28 +71,32 @@ def test_gradients_are_right_and_finite_at_zero():
     assert (a.grad == 0).all()
 
 
-def test_earth_mover_within_its_tolerance():
-    worst = 0.0
+def test_earth_mover_in_blocks_comes_near_the_exact_one():
     for seed, spread in enumerate((1.0, 1.0, 0.05)):
-        a, b = random_clouds(200, 200, seed)
+        a, b = random_clouds(400, 400, seed)
         b = a + spread * (b - 0.5)
-        exact, close = metrics.earth_mover(a, b), metrics.earth_mover(a, b, tolerance=0.02)
-        assert (close >= exact - 1e-12).all()
-        worst = max(worst, float((close / exact - 1).max()))
-    assert 0 < worst < 0.02
-    with pytest.raises(ValueError, match="equal sizes, not 200 and 60"):
+        exact = metrics.earth_mover(a, b)
+        above = [float((metrics.earth_mover(a, b, n) / exact - 1).mean()) for n in (0, 4, 32)]
+        assert 0.02 > above[2] >= -1e-12
+        assert above[0] > above[1] >= above[2]
+    with pytest.raises(ValueError, match="equal sizes, not 400 and 60"):
         metrics.earth_mover(a, b[:, :60])
 
 
 def test_assignments_are_permutations():
     rng = np.random.default_rng(0)
-    for cost in (rng.random((1, 1)), rng.random((40, 40)), np.ones((9, 9)), np.zeros((5, 5))):
-        found = assign(cost, 0.01)
-        assert sorted(found) == list(range(len(cost)))
-        best = cost[linear_sum_assignment(cost)].sum()
-        assert cost[np.arange(len(cost)), found].sum() <= 1.01 * best + 1e-12
-    with pytest.raises(ValueError, match="tolerance=0"):
-        assign(cost, 0)
+    for n in (1, 40, 500):
+        for a in (rng.random((n, 3)), np.zeros((n, 3))):
+            b = rng.random((n, 3))
+            for squared in (False, True):
+                found = assign(a, b, 2, squared)
+                assert sorted(found) == list(range(n))
+                best = cdist(a, b, "sqeuclidean" if squared else "euclidean")
+                least = best[linear_sum_assignment(best)].sum()
+                share = best[np.arange(n), found].sum() / least
+                assert share == pytest.approx(1.0) if n <= 128 else 1 <= share + 1e-9 < 1.1
+    with pytest.raises(ValueError, match="sweeps=-1"):
+        assign(a, b, -1)
 
 
 def test_diversity_and_matching_by_hand():

@@ -72,6 +72,8 @@ def test_a_model_of_both_frames_takes_the_one_that_fits(made):
     def complete(x, frame):
         return completer.complete(x, steps=2, seed=0, keep=False, frame=frame)[0]
 
+    with pytest.raises(ValueError, match="frame=given: the scan reaches 7 from the origin"):
+        complete(7 * scan, "given")
     given, own, auto = (complete(scan, frame) for frame in ("given", "own", "auto"))
     assert completer.frame(scan) == "given"
     np.testing.assert_array_equal(auto, given)
@@ -113,6 +115,8 @@ def test_the_command_writes_clouds_and_a_report(made, capsys):
     said = capsys.readouterr().out
     assert "150 points, seed 0, frame own" in said
     assert "chamfer_l2" in said
+    assert "emd_64" in said  # thinned to the smaller cloud
+    assert "total mutual difference of the completions: " in said
     text = page.read_text()
     assert all(title in text for title in ("completion 1", "truth", "scatter3d"))
     assert run(*words, f"out={made / 'one.ply'}") == 0

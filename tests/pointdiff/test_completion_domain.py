@@ -10,6 +10,7 @@ from pointdiff.models import latents, pdr
 from pointdiff.ops import knn
 from pointdiff.scanning import Scanner
 from shared.domains import Invalid
+from shared.guidance import ClassifierFree
 from shared.randomness import Draws
 from shared.schedules import VPCosine
 
@@ -313,6 +314,26 @@ def test_a_model_trains_and_keeps_the_features_of_a_scan(domain, monkeypatch):
     assert not torch.equal(changed, first)
     with pytest.raises(ValueError, match="condition 'partial'"):
         denoiser(noise, 0.5)
+
+
+def test_guidance_without_the_condition_keeps_the_features_too(domain, monkeypatch):
+    denoiser = pdr(domain, VPCosine(), **SMALL)
+    batch = domain.collate([domain.datasets()[0][i] for i in range(2)])
+    calls, network = [], denoiser.backbone.network
+    compute = network.condition
+    monkeypatch.setattr(network, "condition", lambda p: calls.append(len(p)) or compute(p))
+    null = {"partial": torch.zeros_like(batch.cond["partial"][:1])}
+    guided = ClassifierFree(denoiser, denoiser.process, null, 2.0)
+    with torch.no_grad():
+        for t in (0.9, 0.5, 0.1):
+            guided({"x": torch.randn(2, 64, 3)}, t, None, batch.cond)
+    assert calls == [4]
+
+
+def test_classes_that_the_data_do_not_tell_are_refused(domain, file):
+    alone = Completion(str(file), 64, Scanner(points=32), classes=True)
+    with pytest.raises(ValueError, match="domain.classes=true: .* tells no classes"):
+        _ = alone.class_names
 
 
 def test_classes_are_told_where_they_are_known(file, tmp_path):

@@ -33,9 +33,12 @@ def test_seconds_and_errors_are_measured(monkeypatch):
     seconds, memory = points.measure(points.full_chamfer, 100, 1, "cpu")
     assert seconds >= 0
     assert memory >= 0
-    [[n, exact, close, bound, error]] = points.earth_movers([40])
-    assert n == 40
-    assert 0 <= error <= bound
+    exact, few, many, alone, _ = points.earth_movers([200, 300], 250)
+    assert [row[:2] for row in (exact, few, many, alone)] == [
+        [200, None], [200, 8], [200, 32], [300, 8],
+    ]  # fmt: skip
+    assert exact[3] == 0 <= many[3] <= few[3] < 0.05
+    assert alone[3] is None
 
 
 def test_full_forms_stay_on_the_device_of_the_clouds():

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 
@@ -105,6 +107,24 @@ def test_mistakes_are_one_line(sphere, words, message, capsys, monkeypatch, tmp_
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_what_is_read_is_not_written_over(sphere, capsys):
+    before = sphere.read_bytes()
+    for words in (("scan", sphere, "-o", sphere), ("complete", sphere, f"report={sphere}")):
+        assert run(*words) == 2
+        assert "would be written over" in capsys.readouterr().err
+    assert sphere.read_bytes() == before
+    assert run("complete", sphere, f"report={sphere}/page.html") == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+def test_a_drawn_seed_is_told_and_repeats_the_scan(sphere, capsys):
+    first, again = sphere.with_name("first.npy"), sphere.with_name("again.npy")
+    assert run("scan", sphere, "-o", first, "seed=null") == 0
+    seed = re.search(r"seed (\d+)", capsys.readouterr().out)[1]
+    assert run("scan", sphere, "-o", again, f"seed={seed}") == 0
+    np.testing.assert_array_equal(np.load(again), np.load(first))
 
 
 def test_views_are_where_they_are_said_to_be(sphere, capsys):

@@ -42,7 +42,13 @@ def test_mvp_scans_have_their_clouds(tmp_path):
     assert found.pair(0, 3000)[0].min() > 13
     made = domain(tmp_path)
     training, validation = made.datasets()
-    assert len(training) == len(validation) == len(made.test) == 104
+    # one of the four clouds is held out with all its scans
+    assert (len(training), len(validation), len(made.test)) == (78, 26, 104)
+    held = {int(group) for group in validation.recorded.groups}
+    assert len(held) == 1
+    assert held.isdisjoint(training.recorded.groups)
+    complete = validation.recorded.pair(3, 100)[0]
+    np.testing.assert_allclose(complete, 2 * truth.reshape(4, 50, 3)[held.pop()], rtol=1e-6)
     check(made.test[30], truth[0, 1], scans[0, 30])
     assert made.statistics()["points"] == 32
 
@@ -102,7 +108,7 @@ def test_a_part_that_is_missing_is_taken_from_the_other_or_named(tmp_path):
     (tmp_path / "b").mkdir()
     with h5py.File(tmp_path / "b" / "MVP_Train_CP.h5", "w") as file:
         file["incomplete_pcds"], file["complete_pcds"] = RNG.random((26, 9, 3)), [cloud(9)]
-    with pytest.raises(ValueError, match="b: no scans of the part valid or test"):
+    with pytest.raises(ValueError, match="b: no scans of the part valid"):
         domain(tmp_path / "b").datasets()
     (tmp_path / "b" / "MVP_Train_CP.h5").rename(tmp_path / "b" / "MVP_Test_CP.h5")
     assert len(domain(tmp_path / "b").test) == 26
@@ -112,7 +118,7 @@ def test_a_part_that_is_missing_is_taken_from_the_other_or_named(tmp_path):
 
 def test_pcn(tmp_path):
     scans, truth = [cloud(), cloud()], cloud()
-    for part in ("train", "test"):
+    for part in ("train", "val", "test"):
         folder = tmp_path / part
         (folder / "partial" / "02691156" / "a").mkdir(parents=True)
         (folder / "complete" / "02691156").mkdir(parents=True)

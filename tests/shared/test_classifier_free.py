@@ -105,6 +105,27 @@ def test_scale_one_and_times_outside_the_interval_cost_one_plain_call() -> None:
     torch.testing.assert_close(mixed[::2], guided(x, 0.4, None, cond)["x"].eps[::2])
 
 
+def test_a_network_sees_the_same_conditions_for_as_long_as_they_do_not_change() -> None:
+    process, seen = Process.single(VPLinear()), []
+
+    def denoise(x, t, mask=None, cond=None):
+        seen.append(cond["label"])
+        alpha, sigma = torch.full((4, 1), 0.6), torch.full((4, 1), 0.8)
+        return {"x": Prediction(x["x"], alpha, sigma, x0=x["x"], eps=x["x"])}
+
+    guided = ClassifierFree(denoise, process, NULL)
+    x, label = {"x": torch.zeros(2, 2)}, torch.tensor([0, 1])
+    for _ in range(2):
+        guided(x, 0.5, None, {"label": label})
+    assert seen[0] is seen[1]
+    assert seen[0].tolist() == [0, 1, 2, 2]
+    label += 1
+    guided(x, 0.5, None, {"label": label})
+    guided(x, 0.5, None, {"label": label.clone()})
+    assert seen[2] is not seen[3]
+    assert [s.tolist() for s in seen[2:]] == [[1, 2, 2, 2]] * 2
+
+
 def test_negative_condition_takes_the_place_of_the_null_one() -> None:
     guided, model, x, _ = setup(scale=2.0, negative={"label": torch.tensor([1])})
     zeros = {"label": torch.zeros(4, dtype=torch.long)}

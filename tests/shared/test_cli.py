@@ -165,6 +165,12 @@ def test_files_of_any_origin_are_judged(command, tmp_path):
     status, out, _ = command("evaluate", tmp_path / "broken.csv", "domain=toys")
     assert (status, out.startswith("valid: 0.5 ")) == (0, True)
     assert "not numbers" in (tmp_path / "report.html").read_text()
+    assert "1 of 2: " in out
+    (tmp_path / "broken.csv").write_text("hello\n")
+    assert command("evaluate", tmp_path / "broken.csv", "domain=toys")[0] == 1
+    twice = ("evaluate", tmp_path / "mine.npz", tmp_path / "theirs.npz", "domain=toys")
+    status, _, err = command(*twice)
+    assert (status, "takes one path" in err) == (2, True)
     (tmp_path / "empty.csv").touch()
     status, _, err = command("evaluate", tmp_path / "empty.csv", "domain=toys")
     assert (status, "nothing to evaluate" in err) == (2, True)

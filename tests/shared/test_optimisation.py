@@ -106,6 +106,17 @@ def test_average_is_applied_for_a_while_or_for_good():
         MovingAverage(module, 1.0)
 
 
+def test_average_begins_where_the_parameters_are():
+    module = torch.nn.Linear(2, 2)
+    average = MovingAverage(module, 0.9)
+    average.update()
+    with torch.no_grad():
+        module.weight.fill_(7.0)  # as when another process's parameters arrive
+    average.start()
+    assert average.updates == 0
+    assert torch.equal(average.shadow["weight"], module.weight)
+
+
 def test_learning_rate_shapes():
     flat = LearningRate(warmup=4)
     assert [flat.factor(s, 100) for s in (0, 1, 4, 99)] == [0.2, 0.4, 1.0, 1.0]

@@ -16,9 +16,10 @@ import torch
 from shared.analytic import AnalyticDenoiser, Mixture
 from shared.domains import Invalid
 from shared.guidance import Known, RePaint, Steered
+from shared.judging import read_items
 from shared.process import Process
 from shared.sample_folders import Folder, read_manifest
-from shared.sampling import DecodeError, Memory, Summary, sample, time_grid
+from shared.sampling import DecodeError, Memory, Record, Summary, sample, time_grid
 from shared.schedules import RectifiedFlow, VPCosine, VPLinear
 from shared.solvers.ancestral import DDIM
 from shared.solvers.dpm_solver import DPMSolverMultistep
@@ -271,12 +272,26 @@ def test_failed_samples_are_tried_again(tmp_path):
     assert [r.index for r in read_manifest(tmp_path)] == [0, 1, 2, 3, 2]
 
 
+def test_items_stand_at_the_numbers_of_their_records(tmp_path):
+    sink, (a, b, c) = Folder(tmp_path, Toys(), SETTINGS), np.arange(6.0).reshape(3, 2)
+    status = ("ok", "failed", "ok")
+    records = [Record(i, 3, found, "nan" * (i == 1)) for i, found in enumerate(status)]
+    sink.put(records, [a, Invalid("1", "nan"), c])
+    found = read_items(Toys(), tmp_path)
+    assert isinstance(found[1], Invalid)
+    np.testing.assert_allclose([found[0], found[2]], [a, c])
+    sink.put([Record(1, 3, "ok", "")], [b])
+    np.testing.assert_allclose(read_items(Toys(), tmp_path), [a, b, c])
+
+
 def test_a_folder_refuses_other_settings_and_changed_files(tmp_path):
     sink = Folder(tmp_path, Toys(), {**SETTINGS, "request": {}})
     draw(sink=sink)
     Folder(tmp_path, Toys(), {**SETTINGS, "n": 20})  # more of the same is fine
     with pytest.raises(ValueError, match="steps=6, now asked for 7"):
         Folder(tmp_path, Toys(), {**SETTINGS, "steps": 7})
+    with pytest.raises(ValueError, match=r"more than n=3; give n=\d+ or more"):
+        Folder(tmp_path, Toys(), {**SETTINGS, "n": 3})
     settings = {**SETTINGS, "request": {"label": 3, "list": [*range(999)]}}
     with pytest.raises(ValueError, match=r"request.label=None, now asked for 3; choose"):
         Folder(tmp_path, Toys(), settings)

@@ -207,3 +207,11 @@ def test_unbounded_schedules_extrapolate_for_churn(schedule: Schedule) -> None:
 def test_impossible_parameters_are_refused(build) -> None:
     with pytest.raises(ValueError, match="VP|Variance|Karras|Polynomial|LearnedGamma"):
         build()
+
+
+def test_times_of_a_table_may_be_on_another_device() -> None:
+    """The meta device refuses, as an accelerator does, to be mixed with the CPU."""
+    there = torch.empty(3, dtype=torch.float64, device="meta")
+    schedule = VPDiscrete.linear(steps=10)
+    assert schedule.log_snr(there).device.type == "meta"
+    assert schedule.t_from_log_snr(there).device.type == "meta"

@@ -153,6 +153,8 @@ def test_a_run_that_died_goes_on_bit_by_bit(tmp_path):
     validation = [[r for r in one if r[1] == "validation_loss"] for one in rows]
     assert [r[0] for r in validation[0]] == [4, 8, 12]
     assert validation[0] == validation[1]
+    losses = [[r for r in one if r[1] in ("loss", "loss/x")] for one in rows]
+    assert losses[0] == losses[1]  # the average over steps before and after, too
 
 
 def test_a_finished_run_is_extended_and_not_repeated(tmp_path):
@@ -310,6 +312,7 @@ def test_half_precision_trains(tmp_path):
     ("changes", "message"),
     [
         ({"max_steps": 0}, "trainer.max_steps must be at least 1, not 0"),
+        ({"validate_every": 0}, r"trainer.validate_every must be at least 1 \(null: never\)"),
         ({"batch_size": 15, "accumulate": 2}, r"\(15\) must be a multiple of trainer.accumulate"),
     ],
 )
