@@ -117,7 +117,13 @@ class Completer:
 
 
 def natural(name: str, value: Any) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= value <= MOST:
+    """``value`` as a number of things.
+
+    Raises:
+        ValueError: it is none; names the key.
+    """
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not (whole and 1 <= int(value) <= MOST):
         raise ValueError(f"{name}={value!r}: give a whole number from 1 to {MOST:,}.")
     return int(value)
 

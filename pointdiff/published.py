@@ -149,7 +149,8 @@ class Some:
 
     @property
     def groups(self) -> np.ndarray:
-        return self.whole.groups[self.rows]
+        groups: np.ndarray = self.whole.groups[self.rows]
+        return groups
 
     def pair(self, index: int, points: int) -> tuple[Cloud, Cloud]:
         return self.whole.pair(int(self.rows[index]), points)

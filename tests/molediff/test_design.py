@@ -31,7 +31,7 @@ from molediff.oracles import Accuracy
 from molediff.targets import Target
 from shared import cli
 from shared.configuration import ConfigurationError
-from shared.guidance import SquaredError, Term
+from shared.guidance import ClassifierFree, SquaredError, Term
 from shared.metrics import mean
 from shared.randomness import Draws
 from shared.sampling import time_grid
@@ -293,6 +293,16 @@ def test_gradients_guide_where_the_energies_do_not_choose(runs):
     assert terms(strength=0.3) == [0.3, 1.0]
 
 
+def test_only_what_is_told_is_told_twice(runs):
+    """A guided call costs two; without a property to tell it would be the same one twice."""
+    model, none = molediff.load(runs / "gen"), Steering(energies=None, particles=1)
+    assert isinstance(Plan(model, Wish({"mass": 9}), none).denoise("cpu"), ClassifierFree)
+    assert Plan(model, Wish(), none).denoise("cpu") is model.denoiser
+    model.domain._restored["free"] = False  # a network that must be told everything
+    assert model.domain.null_condition() == {}
+    assert Plan(model, Wish({"mass": 9}), none).denoise("cpu") is model.denoiser
+
+
 def test_tries_surround_any_solver(runs, tmp_path):
     model, energies = molediff.load(runs / "gen"), str(runs / "energy")
     write(tmp_path / "frag.sdf", [test_properties.embedded("CO")])
@@ -381,6 +391,8 @@ def test_ranking_prefers_valid_molecules_near_the_target():
     known = {"mass": {"unit": "", "mean": 20.0, "mad": 5.0, "min": 3.0, "max": 40.0}}
     target = Target.parse("mass=27", known)
     judge = Judge([target], known, {"count": Counting()})
+    assert judge.warnings == []
+    assert "nothing judges mass: give oracle=RUN" in Judge([target], known, {}).warnings[0]
     good = [test_properties.embedded(s) for s in ("CCO", "CO", "C=O")]  # 9, 6 and 4 atoms
     lone = good[0].replace(positions=good[0].positions * 3.0, bonds=None, orders=None)
     judged = judge([*good, lone, molediff.Invalid("x", "broken")])
@@ -451,6 +463,12 @@ def test_python_gives_ranked_molecules_that_can_be_written(runs, tmp_path):
     assert len(seen) == len(made.designs)
     assert made.metrics["valid"].n == 3
     made.write(tmp_path / "out")
+    made.write(tmp_path / "out")
+    assert len(list(molediff.read(tmp_path / "out" / "molecules.sdf"))) == len(made.molecules)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.jsonl").touch()
+    with pytest.raises(ValueError, match="is of a `molediff design`"):
+        made.write(tmp_path / "run")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "molecules.sdf", "molecules.csv", "report.html"
     }  # fmt: skip
