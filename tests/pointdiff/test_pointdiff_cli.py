@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pointdiff.cli import PROGRAM
+from pointdiff.data import load_shapes
 from pointdiff.files import read_one, write_one
 from pointdiff.scanning import cameras
 from shared import cli
@@ -132,6 +133,19 @@ def test_views_are_where_they_are_said_to_be(sphere, capsys):
     assert run("views", sphere, "-o", out, "scanner.views=2") == 0
     assert out.exists()
     assert f"domain.views={out}" in capsys.readouterr().out
+
+
+def test_nothing_is_written_beside_the_weights_that_come_along(capsys):
+    assert run("variance", "run=shapes") == 2
+    assert "run=shapes is a shipped model: give out=FOLDER" in capsys.readouterr().err
+
+
+def test_shapes_that_cannot_be_used_are_told(tmp_path):
+    for name in ("a", "b"):
+        write_one(tmp_path / f"{name}.ply", np.random.default_rng(0).random((40, 3)))
+    (tmp_path / "c.ply").write_bytes(b"no ply")
+    with pytest.warns(UserWarning, match="1 of 3 left out; the first: .*c.ply"):
+        assert len(load_shapes(tmp_path)) == 2
 
 
 def test_scans_of_nothing_are_refused(tmp_path, capsys):
