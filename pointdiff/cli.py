@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from shared import cli
 from shared.checkpoints import whole
+from shared.checks import check_place
 from shared.cli import Outcome, Program, Progress, Verb
 from shared.configuration import ConfigurationError, build
 
@@ -58,16 +59,17 @@ def complete(config: DictConfig, program: Program, progress: Progress | None = N
     import torch
 
     from pointdiff import completion, files, views
+    from pointdiff.clouds import natural
     from pointdiff.metrics import evaluate, total_mutual_difference
     from shared import reports
     from shared.models import find_choice, find_device, guided
 
     out = _place(config, "complete.ply")
     files.check_suffix(out)
-    samples = completion.natural("samples", config.samples)
+    samples = natural("samples", config.samples)
     names = [out] if samples == 1 else _numbered(out, samples)
     _spare((config.path, config.truth), [*names, config.report])
-    cli.check_place("report", config.report, file=True)
+    check_place("report", config.report, file=True)
     scan = files.read_one(config.path)
     truth = None if config.truth is None else files.read_one(config.truth)
     completer = completion.load(config.run, config.checkpoint, config.refine)

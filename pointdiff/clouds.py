@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,18 @@ class Frame:
         """Model -> world, float32."""
         moved = np.asarray(points, np.float64) * self.scale + np.array(self.centre)
         return np.asarray(moved, np.float32)
+
+
+def natural(name: str, value: Any) -> int:
+    """``value`` as a number of things.
+
+    Raises:
+        ValueError: it is none; names the key.
+    """
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not (whole and 1 <= int(value) <= MOST):
+        raise ValueError(f"{name}={value!r}: give a whole number from 1 to {MOST:,}.")
+    return int(value)
 
 
 def placed(scan: Cloud) -> bool:

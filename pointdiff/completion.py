@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pointdiff import refinement
-from pointdiff.clouds import MOST, Cloud, Frame, check, placed, resample
+from pointdiff.clouds import Cloud, Frame, check, natural, placed, resample
 from pointdiff.domain import Completion
 from pointdiff.merging import kept
 from shared import models
@@ -114,18 +113,6 @@ class Completer:
     def _domain(self) -> Completion:
         assert isinstance(self.model.domain, Completion)
         return self.model.domain
-
-
-def natural(name: str, value: Any) -> int:
-    """``value`` as a number of things.
-
-    Raises:
-        ValueError: it is none; names the key.
-    """
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not (whole and 1 <= int(value) <= MOST):
-        raise ValueError(f"{name}={value!r}: give a whole number from 1 to {MOST:,}.")
-    return int(value)
 
 
 def load(

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pointdiff import files, published
-from pointdiff.clouds import MOST, Cloud, Frame, check, resample
+from pointdiff.clouds import Cloud, Frame, check, natural, resample
 from pointdiff.data import (
     AXES,
     Augmentation,
@@ -144,7 +144,7 @@ class Completion(Domain[Cloud]):
             return list(self._restored.get("names", ()))
         if not self.classes:
             return []
-        names = () if self._recorded("train") else self.shapes.names
+        names = () if any(self._published.values()) else self.shapes.names
         if not names:
             raise ValueError(
                 f"domain.classes=true: {self.data} tells no classes; give an .npz with 'label' "
@@ -173,17 +173,16 @@ class Completion(Domain[Cloud]):
             "fresh": fresh,
             "frame": frame or self.frame,
         }
-        recorded = self._recorded(part)
+        recorded = published.part(self._published, part, str(self.data))
         if recorded is not None:
             return RecordedPairs(recorded, self.points, self.scan, **others)
         rows = self.shapes.rows(part, self.validation)
         return Pairs(self.shapes, rows, self.points, self.scan, **others)
 
-    def _recorded(self, part: str) -> published.Recorded | None:
-        """The scans of a published data set."""
-        if self.data is None:
-            return None
-        return published.find_or_other(self.data, part, self.validation)
+    @cached_property
+    def _published(self) -> Mapping[str, published.Recorded | None]:
+        """The scans of a published data set by their part."""
+        return {} if self.data is None else published.parts(self.data, self.validation)
 
     def collate(self, records: Sequence[Pair]) -> Batch:
         complete = torch.from_numpy(np.stack([record.complete for record in records]))
@@ -247,13 +246,12 @@ class Completion(Domain[Cloud]):
         - ``keep``: false: do not put points of the scan in place of generated ones;
         - ``even``: false: independent noise for every point. By default the first completion of a
           scan starts from noise that is spread evenly (:func:`shared.randomness.even_normal`),
-          which makes it a typical one; further ones are independent draws. Without a scan all are.
+          which makes it a typical one; further ones are independent draws. Of training scans all
+          are even, without a scan none.
         """
         reject_unknown("completion, request", request, REQUESTS)
-        points = request.get("points", self.points)
+        points = natural("request.points", request.get("points", self.points))
         keep, even = request.get("keep", True), request.get("even", True)
-        if type(points) is not int or not 1 <= points <= MOST:
-            raise ValueError(f"request.points={points}: give a whole number from 1 to {MOST:,}.")
         for key, value in (("keep", keep), ("even", even)):
             if not isinstance(value, bool):
                 raise ValueError(f"request.{key}={value}: give true or false.")

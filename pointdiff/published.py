@@ -156,25 +156,33 @@ class Some:
         return self.whole.pair(int(self.rows[index]), points)
 
 
-def find_or_other(folder: str | Path, part: str, validation: float) -> Recorded | None:
-    """As :func:`find`. Without a test part its validation part is measured; without a validation
-    part the share ``validation`` of the training clouds, with all their scans, is held out.
-
-    Raises:
-        ValueError: the data set has neither.
-    """
-    parts = {name: find(folder, name) for name in PARTS}
-    training = parts["train"]
+def parts(folder: str | Path, validation: float) -> dict[str, Recorded | None]:
+    """What :func:`find` finds, by part. Without a test part its validation part is measured;
+    without a validation part the share ``validation`` of the training clouds, with all their
+    scans, is held out."""
+    found = {name: find(folder, name) for name in PARTS}
+    training = found["train"]
     clouds = 0 if training is None else int(training.groups.max()) + 1
-    if training is not None and parts["valid"] is None and clouds > 1:
+    if training is not None and found["valid"] is None and clouds > 1:
         order = stream(0, 0, "published/split", 0).permutation(clouds)
         held = (order < max(1, validation * clouds))[training.groups]
-        parts["train"], parts["valid"] = (
+        found["train"], found["valid"] = (
             Some(training, np.flatnonzero(rows)) for rows in (~held, held)
         )
-    made = parts[part] or (parts["valid"] if part == "test" else None)
-    if made is None and any(found is not None for found in parts.values()):
-        raise ValueError(f"{folder}: no scans of the part {part} with their complete clouds.")
+    if found["test"] is None:
+        found["test"] = found["valid"]
+    return found
+
+
+def part(found: Mapping[str, Recorded | None], name: str, folder: str) -> Recorded | None:
+    """One of :func:`parts`; None where the data set is no published one.
+
+    Raises:
+        ValueError: it is, but lacks the part.
+    """
+    made = found.get(name)
+    if made is None and any(one is not None for one in found.values()):
+        raise ValueError(f"{folder}: no scans of the part {name} with their complete clouds.")
     return made
 
 

@@ -35,6 +35,8 @@ from torch import Tensor, nn
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
+PART = ".part-"
+"""How the name of a file begins that is not yet whole."""
 SUFFIXES = {"weights": ".safetensors", "ema": ".safetensors", "training": ".pt"}
 GAMMA = "gamma.json"  # the optimal reverse variance of these weights (shared.variance)
 HEAD = "head.safetensors"  # the same per element (shared.heads)
@@ -92,7 +94,7 @@ def versions() -> Mapping[str, str]:
 def whole(path: Path) -> Iterator[Path]:
     """A file to write to in place of ``path``, with the same suffixes, moved there in the end; an
     error leaves ``path`` as it was."""
-    part = path.with_name(f".part-{os.getpid()}-{path.name}")
+    part = path.with_name(f"{PART}{os.getpid()}-{path.name}")
     part.unlink(missing_ok=True)
     try:
         yield part
@@ -103,15 +105,10 @@ def whole(path: Path) -> Iterator[Path]:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace the file ``path``: after a crash it holds the old or the new content, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as part, part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     _sync_folder(path.parent)
 
 
@@ -186,9 +183,7 @@ def _sweep(folder: Path, keep: set[str]) -> None:
     """Remove what older or interrupted saves left, and what was derived from older weights."""
     for file in folder.iterdir():
         ours = file.name.startswith((*(f"{kind}-" for kind in SUFFIXES), GAMMA, HEAD))
-        if (ours and file.name not in keep) or (
-            file.name.startswith(".") and file.name.endswith(".tmp")
-        ):
+        if (ours and file.name not in keep) or file.name.startswith(PART):
             file.unlink(missing_ok=True)
 
 

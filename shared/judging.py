@@ -100,9 +100,10 @@ def read_items(domain: Domain[Any], path: Path) -> list[Any]:
     files = [path / f"{stem}{domain.suffix}" for stem in STEMS]
     items = [item for file in files if file.exists() for item in domain.read(file)]
     made = [record.index for record in records if record.status == "ok"]
-    if len(made) != len(items):
+    if len(made) > len(items):
         raise ValueError(f"{path} holds {len(items)} items, its manifest says {len(made)}.")
-    found = dict(zip(made, items, strict=True))
+    # items of a chunk whose records are not yet written, or never were, come last
+    found = dict(zip(made, items, strict=False))
     found |= {r.index: Invalid(str(r.index), r.reason) for r in last if r.status != "ok"}
     return [found[index] for index in sorted(found)]
 

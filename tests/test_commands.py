@@ -12,6 +12,7 @@ import molediff.cli
 import pointdiff.cli
 import shared.images.cli
 from shared import cli, configuration
+from shared.checks import check_numbers
 
 PROGRAMS = {p.PROGRAM.name: p.PROGRAM for p in (molediff.cli, pointdiff.cli, shared.images.cli)}
 README = (
@@ -48,7 +49,7 @@ def test_documented_commands_compose(line):
     if verb.words is not None:
         rest = cli.find(verb.words)(rest)
     given = cli.overrides(name, rest, bare=verb.bare)
-    cli.check_numbers(configuration.compose(cli.config_name(name), given))
+    check_numbers(configuration.compose(cli.config_name(name), given))
 
 
 def test_o_is_short_for_out():

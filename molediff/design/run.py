@@ -199,12 +199,11 @@ def design(
     targets |= dict(fields.pop("targets", {}))
     plan = Plan(model, Wish(targets, **fields), Steering(**steer))
     warnings = plan.check(force)
-    judge = _judge(plan, oracle, xtb, find_device(device))
+    place = find_device(device)
+    judge = _judge(plan, oracle, xtb, place)
     warnings += judge.warnings
     seed = secrets.randbelow(2**31) if seed is None else seed
-    how = Sampling(
-        n, seed, *model.chosen(solver, grid, _steps(steps, plan)), batch, find_device(device)
-    )
+    how = Sampling(n, seed, *model.chosen(solver, grid, _steps(steps, plan)), batch, place)
     memory = Memory()
     judged = Judged(memory, judge, seen or (lambda design: None))
     sampled(plan, how, judged)
@@ -260,7 +259,8 @@ def design_verb(config: DictConfig, program: Program, progress: Progress | None 
     steering = Steering(**_chosen(options, tuple(Steering.__dataclass_fields__)))
     plan = Plan(model, wish, steering)
     warnings = plan.check(bool(config.force))
-    judge = _judge(plan, config.oracle, config.xtb, find_device(config.device))
+    device = find_device(config.device)
+    judge = _judge(plan, config.oracle, config.xtb, device)
     warnings += judge.warnings
     out, seed = _folder(config, wish)
     config.steps = _steps(config.steps, plan)
@@ -272,7 +272,7 @@ def design_verb(config: DictConfig, program: Program, progress: Progress | None 
         find_choice(chosen["grid"], plan.domain, model.checkpoint),
         chosen["steps"],
         config.batch,
-        find_device(config.device),
+        device,
     )
     settings = _settings(plan, chosen) | {"seed": seed, **_chosen(options, ("n", "oracle", "xtb"))}
     with writing(out):

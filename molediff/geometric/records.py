@@ -87,6 +87,7 @@ def closed_shell(data: MoleculeData, least: int = 32) -> bool:
 
 
 def element_counts(data: MoleculeData) -> dict[str, int]:
+    """Symbol -> atoms of that element."""
     mask = np.zeros(len(data.split), dtype=bool)
     mask[data.rows] = True
     atoms = np.repeat(mask, np.diff(data.offsets))
