@@ -282,6 +282,12 @@ def test_items_stand_at_the_numbers_of_their_records(tmp_path):
     np.testing.assert_allclose([found[0], found[2]], [a, c])
     sink.put([Record(1, 3, "ok", "")], [b])
     np.testing.assert_allclose(read_items(Toys(), tmp_path), [a, b, c])
+    Toys().write(sink.file, [a])  # of a chunk that was killed before its records were written
+    np.testing.assert_allclose(read_items(Toys(), tmp_path), [a, b, c])
+    sink.file.unlink()
+    Toys().write(sink.file, [a])
+    with pytest.raises(ValueError, match="holds 1 items, its manifest says 3"):
+        read_items(Toys(), tmp_path)
 
 
 def test_a_folder_refuses_other_settings_and_changed_files(tmp_path):
